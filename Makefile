@@ -1,0 +1,39 @@
+# Every target sets up what it needs: `make demo` works right after a clone.
+# PYTHON makes the virtual environment; with VENV=DIR an existing one is used as it is.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.rag2-installed
+ARGS ?=
+
+.PHONY: help demo test test-slow check format clean
+.DEFAULT_GOAL := help
+
+help:  ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(READY): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[cpu,dev]'
+	touch $@
+
+demo: $(READY)  ## train and compare all arms on the built-in almanac (ARGS="--out DIR --seed N")
+	$(BIN)/rag2 demo $(ARGS)
+
+test: $(READY)  ## run the tests: CPU, no network, minutes (ARGS="-k name")
+	$(BIN)/python -m pytest $(ARGS)
+
+test-slow: $(READY)  ## run the slow tests too
+	$(BIN)/python -m pytest -m 'not gpu' $(ARGS)
+
+check: $(READY)  ## lint, formatting and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+format: $(READY)  ## rewrite the sources in house style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## remove the virtual environment and caches; runs/ stays
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis build dist

@@ -1,0 +1,1 @@
+"""Log-likelihoods of the choices of questions -> accuracies, intervals, paired tests, report."""

@@ -1,0 +1,111 @@
+"""An arm is a generator and a retriever, nothing else: prompt and scoring are the same for all.
+
+Letters: Q questions, K retrieved chunks, C choices.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from rag2.evaluation.score import Scores, choice_lengths
+from rag2.generator.load import Generator
+from rag2.generator.logprob import score_choices
+from rag2.generator.prompt import Prompt
+from rag2.registry import UserError, nearest
+from rag2.retrieval import Retriever
+from rag2.types import Chunk, Question
+
+
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """Which generator answers, and which retriever finds its chunks (None: closed book)."""
+
+    generator: str
+    retriever: str | None = None
+
+
+ARMS = {
+    "base": Arm("base"),
+    "ft": Arm("ft"),
+    "ft_paraphrase": Arm("ft_paraphrase"),
+    "sft": Arm("sft_closed"),
+    "frozen_rag": Arm("base", "warm"),
+    "bm25_rag": Arm("base", "bm25"),
+    "ft_rag": Arm("ft", "warm"),
+    "sft_rag": Arm("sft", "warm"),
+    "joint": Arm("joint", "joint"),
+    # The other two cells of {warm, joint} retriever x {sft, joint} generator.
+    "warm_joint": Arm("joint", "warm"),
+    "joint_sft": Arm("sft", "joint"),
+    "random_rag": Arm("base", "random"),
+    "gold_rag": Arm("base", "gold"),
+}
+
+
+def arm(name: str) -> Arm:
+    """The arm of a name; raises UserError that names the nearest one."""
+    if name not in ARMS:
+        allowed = ", ".join(ARMS)
+        raise UserError(f"arms: unknown arm {name!r}; allowed: {allowed}.{nearest(name, ARMS)}")
+    return ARMS[name]
+
+
+@dataclass
+class Reader:
+    """A generator that scores choices, and remembers: arms that share it share its work."""
+
+    generator: Generator
+    prompt: Prompt
+    by_id: dict[int, Chunk]
+    batch_tokens: int = 8192
+    known: dict[tuple[str, int | None], list[float]] = field(default_factory=dict)
+    dropped: int = 0
+
+    def read(self, pairs: Sequence[tuple[Question, int | None]]) -> None:
+        """Score every (question, chunk) pair that is not known yet; chunk None is closed book."""
+        tokenizer = self.generator.tokenizer
+        todo = {(q.id, chunk): (q, chunk) for q, chunk in pairs if (q.id, chunk) not in self.known}
+        contexts, continuations = [], []
+        for question, chunk in todo.values():
+            passages = [] if chunk is None else [self.by_id[chunk].passage]
+            built = self.prompt.context(question.question, passages, tokenizer, question.choices)
+            self.dropped += built.dropped
+            contexts.append(built.text)
+            continuations.append(self.prompt.continuations(question.choices))
+        scored = score_choices(
+            self.generator.model, tokenizer, contexts, continuations, self.batch_tokens
+        )
+        self.known.update(zip(todo, scored, strict=True))
+
+
+def evaluate(
+    questions: Sequence[Question],
+    reader: Reader,
+    retriever: Retriever | None,
+    k: int,
+    tick: Callable[[int], None] = lambda amount: None,
+) -> Scores:
+    """Every choice's log-likelihood with each of the best `k` chunks, and without any."""
+    questions = list(questions)
+    ids_QK = np.zeros((len(questions), 0), dtype=np.int64)
+    scores_QK = np.zeros(ids_QK.shape)
+    if retriever is not None:
+        found_QK, ids_QK = retriever.search(questions, k)
+        scores_QK = found_QK.astype(np.float64)
+    for start in range(0, len(questions), 50):
+        part = slice(start, start + 50)
+        pairs: list[tuple[Question, int | None]] = [(q, None) for q in questions[part]]
+        for question, ids in zip(questions[part], ids_QK[part].tolist(), strict=True):
+            pairs += [(question, chunk) for chunk in ids]
+        reader.read(pairs)
+        tick(len(questions[part]))
+    lengths_QC = choice_lengths(questions)
+    closed_QC = np.full(lengths_QC.shape, -np.inf)
+    logp_QKC = np.full((*ids_QK.shape, lengths_QC.shape[1]), -np.inf)
+    for row, question in enumerate(questions):
+        count = len(question.choices)
+        closed_QC[row, :count] = reader.known[question.id, None]
+        for column, chunk in enumerate(ids_QK[row].tolist()):
+            logp_QKC[row, column, :count] = reader.known[question.id, chunk]
+    return Scores(logp_QKC, closed_QC, scores_QK, ids_QK, lengths_QC)

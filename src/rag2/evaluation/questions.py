@@ -1,0 +1,186 @@
+"""A JSONL file of multiple-choice questions -> `Question` records, every row checked."""
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rag2.registry import UserError, nearest
+from rag2.types import Question
+
+SPLITS = ("train", "validation", "test")
+
+
+def load_questions(path: str | Path) -> list[Question]:
+    """The questions of a JSONL file in file order, blank lines skipped.
+
+    Raises UserError, one line that starts with `file:line`, at the first row that is not a
+    multiple-choice question, and for a missing, unreadable or empty file.
+    """
+    path = Path(path)
+    questions: list[Question] = []
+    line_of: dict[str, int] = {}
+    for number, line in enumerate(_read(path).split(b"\n"), start=1):
+        if not line.strip():
+            continue
+        place = f"{path}:{number}"
+        question = _question(_row(line, place), place)
+        if question.id in line_of:
+            first = line_of[question.id]
+            raise UserError(f"{place}: id {question.id!r} is already used on line {first}")
+        line_of[question.id] = number
+        questions.append(question)
+    if not questions:
+        raise UserError(f"{path}: no questions in this file; expected one JSON object a line")
+    return questions
+
+
+def split(questions: Sequence[Question], name: str) -> list[Question]:
+    """The questions of one split; raises UserError for an unknown or an empty split."""
+    if name not in SPLITS:
+        raise UserError(
+            f"unknown split {name!r}; allowed: {_listed(SPLITS)}.{nearest(name, SPLITS)}"
+        )
+    chosen = [question for question in questions if question.split == name]
+    if not chosen:
+        present = Counter(question.split for question in questions)
+        found = ", ".join(f"{key} ({count})" for key, count in present.items()) or "no questions"
+        raise UserError(f"no question has split {name!r}; present: {found}")
+    return chosen
+
+
+def to_row(question: Question) -> dict[str, Any]:
+    """The JSON object of a question, without the optional keys it does not use."""
+    row: dict[str, Any] = {
+        "id": question.id,
+        "question": question.question,
+        "choices": list(question.choices),
+        "answer": question.answer,
+        "split": question.split,
+    }
+    if question.gold_chunk is not None:
+        row["gold_chunk"] = question.gold_chunk
+    if question.evidence:
+        row["evidence"] = list(question.evidence)
+    if question.metadata:
+        row["metadata"] = question.metadata
+    return row
+
+
+def _read(path: Path) -> bytes:
+    try:
+        # A byte order mark is what some spreadsheet exports put first; JSON forbids it.
+        return path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+    except FileNotFoundError:
+        beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        hint = nearest(path.name, beside)
+        raise UserError(f"questions file {str(path)!r} does not exist.{hint}") from None
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise UserError(f"questions file {str(path)!r} cannot be read: {reason}") from None
+
+
+def _row(line: bytes, place: str) -> Mapping[str, Any]:
+    try:
+        row = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{place}: not UTF-8 (byte {error.start + 1} of the line)") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{place}: not JSON: {error.msg} (column {error.colno})") from None
+    except RecursionError:
+        raise UserError(f"{place}: not JSON: nested too deeply") from None
+    if not isinstance(row, dict):
+        raise UserError(f"{place}: expected a JSON object, got {type(row).__name__}")
+    return row
+
+
+def _question(row: Mapping[str, Any], place: str) -> Question:
+    identity = _required(row, "id", place)
+    if isinstance(identity, bool) or not isinstance(identity, (str, int)) or identity == "":
+        raise UserError(f"{place}: 'id' must be a non-empty string, got {_shown(identity)}")
+    text = _required(row, "question", place)
+    if not isinstance(text, str) or not text.strip():
+        raise UserError(f"{place}: 'question' must be a non-empty string, got {_shown(text)}")
+    choices = _choices(row, place)
+    return Question(
+        id=str(identity),
+        question=text,
+        choices=choices,
+        answer=_answer(row, len(choices), place),
+        split=_split(row, place),
+        gold_chunk=_gold_chunk(row, place),
+        evidence=_evidence(row, place),
+        metadata=_metadata(row, place),
+    )
+
+
+def _required(row: Mapping[str, Any], key: str, place: str) -> Any:
+    if key not in row:
+        raise UserError(f"{place}: the key {key!r} is missing; found: {_listed(row) or 'no keys'}")
+    return row[key]
+
+
+def _choices(row: Mapping[str, Any], place: str) -> tuple[str, ...]:
+    if "choices" not in row and "answers" in row:
+        raise UserError(f"{place}: free-text 'answers' cannot be scored; 'choices' is missing")
+    choices = _required(row, "choices", place)
+    if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
+        raise UserError(f"{place}: 'choices' must be a list of strings, got {_shown(choices)}")
+    if len(choices) < 2:
+        raise UserError(f"{place}: 'choices' needs at least 2 entries, got {len(choices)}")
+    if not all(choice.strip() for choice in choices):
+        raise UserError(f"{place}: 'choices' has an empty entry: {_shown(choices)}")
+    return tuple(choices)
+
+
+def _answer(row: Mapping[str, Any], count: int, place: str) -> int:
+    answer = _required(row, "answer", place)
+    if not _is_int(answer) or not 0 <= answer < count:
+        allowed = f"an index from 0 to {count - 1}"
+        raise UserError(f"{place}: 'answer' must be {allowed}, got {_shown(answer)}")
+    return answer
+
+
+def _split(row: Mapping[str, Any], place: str) -> str:
+    name = row.get("split", "test")
+    if name not in SPLITS:
+        hint = nearest(name, SPLITS) if isinstance(name, str) else ""
+        raise UserError(f"{place}: unknown split {_shown(name)}; allowed: {_listed(SPLITS)}.{hint}")
+    return name
+
+
+def _gold_chunk(row: Mapping[str, Any], place: str) -> int | None:
+    chunk = row.get("gold_chunk")
+    if chunk is not None and not _is_int(chunk):
+        raise UserError(f"{place}: 'gold_chunk' must be a chunk id (integer), got {_shown(chunk)}")
+    return chunk
+
+
+def _evidence(row: Mapping[str, Any], place: str) -> tuple[str, ...]:
+    evidence = row.get("evidence") or []
+    evidence = [evidence] if isinstance(evidence, str) else evidence
+    if not isinstance(evidence, list) or not all(isinstance(item, str) for item in evidence):
+        raise UserError(f"{place}: 'evidence' must be document ids, got {_shown(evidence)}")
+    return tuple(evidence)
+
+
+def _metadata(row: Mapping[str, Any], place: str) -> dict[str, Any]:
+    metadata = row.get("metadata") or {}
+    if not isinstance(metadata, dict):
+        raise UserError(f"{place}: 'metadata' must be a JSON object, got {_shown(metadata)}")
+    return metadata
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)  # JSON true is no index
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _listed(names: Any) -> str:
+    text = ", ".join(names)
+    return text if len(text) <= 200 else text[:197] + "..."

@@ -1,0 +1,54 @@
+"""Numbers of an evaluation -> results.json, samples, report.md and the table on the terminal."""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.table import Table
+
+from rag2.evaluation.markdown import COLUMNS, cells, markdown
+from rag2.evaluation.outcome import ArmResult as ArmResult
+from rag2.evaluation.results import CONTROLS
+from rag2.evaluation.results import strip_times as strip_times
+from rag2.evaluation.results import summarize as summarize
+from rag2.evaluation.samples import write_samples
+from rag2.evaluation.verdict import Results
+from rag2.evaluation.verdict import verdict as verdict
+
+
+def write(
+    directory: str | Path,
+    results: Results,
+    arms: Sequence[ArmResult] = (),
+    contexts: Sequence[str] | None = None,
+    continuations: Sequence[Sequence[str]] | None = None,
+) -> Path:
+    """Write samples_<arm>.jsonl, report.md and, last, results.json; returns the path of that."""
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    for arm in arms:
+        write_samples(directory, arm, contexts, continuations)
+    _replace(directory / "report.md", markdown(results))
+    path = directory / "results.json"
+    _replace(path, json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    return path
+
+
+def terminal_table(results: Results) -> Table:
+    """The table of arms for a terminal, the verdict as its caption."""
+    table = Table(title=f"{results['task']}: {results['n']} questions", caption=verdict(results))
+    for column in COLUMNS:
+        is_text = column in ("arm", "retriever", "generator")
+        table.add_column(column, justify="left" if is_text else "right", no_wrap=column == "arm")
+    for name, arm in results["arms"].items():
+        style = "bold" if name == "joint" else "dim" if name in CONTROLS else None
+        table.add_row(*cells(name, arm), style=style)
+    return table
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a text file so that a reader sees the old content or the new, never half of it."""
+    staging = path.with_name(f".{path.name}.{os.getpid()}")
+    staging.write_text(text, encoding="utf-8", newline="\n")
+    staging.replace(path)

@@ -1,0 +1,194 @@
+"""What each arm answered -> the numbers of results.json: accuracies, paired tests, 2x2 table."""
+
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from rag2.evaluation import stats
+from rag2.evaluation.outcome import ArmResult
+
+FORMAT = "rag2.results/1"
+CONTROLS = ("majority", "random_rag", "gold_rag")
+# Beside joint against everything: fine-tune or retrieve, and does either add to the other?
+CONTRASTS = (
+    ("ft", "base"),
+    ("sft", "base"),
+    ("frozen_rag", "base"),
+    ("frozen_rag", "ft"),
+    ("frozen_rag", "sft"),
+    ("ft_rag", "frozen_rag"),
+    ("sft_rag", "frozen_rag"),
+    ("sft_rag", "sft"),
+)
+
+
+def summarize(
+    task: str,
+    arms: Sequence[ArmResult],
+    *,
+    seed: int,
+    environment: Mapping[str, Any],
+    groups: Sequence[str] = ("wording",),
+    by_seed: Mapping[int, Sequence[ArmResult]] | None = None,
+) -> dict[str, Any]:
+    """The content of results.json for arms that answered the same questions in the same order.
+
+    `groups` are question metadata keys to break accuracies down by; with several seeds pass the
+    pooled arms as `arms` and the single runs as `by_seed`.
+    """
+    asked = [question.id for question in arms[0].questions]
+    for arm in arms:
+        assert [question.id for question in arm.questions] == asked, f"{arm.name} is not paired"
+    named = {arm.name: arm for arm in arms}
+    assert len(named) == len(arms), [arm.name for arm in arms]
+    results = {
+        "format": FORMAT,
+        "task": task,
+        "n": len(asked),
+        "seed": seed,
+        "interval": "wilson",
+        "arms": {name: _arm(arm, groups) for name, arm in named.items()},
+        "paired": _paired(named, seed),
+        "k_selection": _k_selection(arms),
+        "environment": dict(environment),
+    }
+    grid = _grid(arms, seed)
+    if grid:
+        results["grid_2x2"] = grid
+    if by_seed:
+        results["seeds"] = {
+            str(key): {arm.name: {"accuracy": arm.accuracy, "k": arm.k} for arm in runs}
+            for key, runs in by_seed.items()
+        }
+    return _tidy(results)
+
+
+def strip_times(results: Any) -> Any:
+    """A copy without wall-clock times (keys that end in `_seconds`), so that runs compare equal."""
+    if isinstance(results, Mapping):
+        kept = (key for key in results if not key.endswith("_seconds"))
+        return {key: strip_times(results[key]) for key in kept}
+    return [strip_times(item) for item in results] if isinstance(results, list) else results
+
+
+def contrasts(names: Iterable[str]) -> list[tuple[str, str]]:
+    """The pairs of arms to test: joint against every arm, then the fixed questions of the field."""
+    arms = [name for name in names if name not in CONTROLS]
+    first = [("joint", name) for name in arms if name != "joint"] if "joint" in arms else []
+    return first + [pair for pair in CONTRASTS if pair[0] in arms and pair[1] in arms]
+
+
+def _arm(arm: ArmResult, groups: Sequence[str]) -> dict[str, Any]:
+    right, n = int(arm.correct.sum()), len(arm.questions)
+    return {
+        "accuracy": arm.accuracy,
+        "stderr": stats.stderr(right, n),
+        "ci95": stats.wilson(right, n),
+        "acc_norm": float(np.mean(arm.correct_norm)),
+        "retriever": arm.retriever,
+        "generator": arm.generator,
+        "reading": arm.reading,
+        "k": arm.k,
+        "temperature": arm.temperature,
+        "recall_at_1": arm.recall_at_1,
+        "recall_at_k": arm.recall_at_k,
+        "control_accuracy": arm.control_accuracy,
+        "two_hop_accuracy": arm.two_hop_accuracy,
+        "groups": {key: found for key in groups if (found := _group(arm, key))},
+        "train_seconds": arm.train_seconds,
+        "eval_seconds": arm.eval_seconds,
+        "trained_parameters": arm.trained_parameters,
+    }
+
+
+def _group(arm: ArmResult, key: str) -> dict[str, dict[str, Any]]:
+    label_Q = np.array([str(question.metadata.get(key, "")) for question in arm.questions])
+    return {
+        str(label): {
+            "accuracy": float(np.mean(arm.correct[label_Q == label])),
+            "n": int(np.sum(label_Q == label)),
+        }
+        for label in np.unique(label_Q)
+        if label
+    }
+
+
+def _paired(arms: Mapping[str, ArmResult], seed: int) -> list[dict[str, Any]]:
+    pairs = contrasts(arms)
+    tests = [stats.paired(arms[a].correct, arms[b].correct, seed=seed) for a, b in pairs]
+    adjusted = stats.holm([test.mcnemar_p for test in tests])
+    return [
+        {
+            "a": a,
+            "b": b,
+            "difference": test.difference,
+            "ci95": test.ci95,
+            "mcnemar_p": test.mcnemar_p,
+            "holm_p": p,
+            "a_only": test.a_only,
+            "b_only": test.b_only,
+        }
+        for (a, b), test, p in zip(pairs, tests, adjusted, strict=True)
+    ]
+
+
+def _k_selection(arms: Sequence[ArmResult]) -> dict[str, Any]:
+    chosen = {arm.name: arm.choice for arm in arms if arm.choice}
+    oracle = {arm.name: arm.oracle for arm in arms if arm.oracle}
+    return {
+        "split": "validation",
+        "chosen": {name: choice.k for name, choice in chosen.items()},
+        "temperature": {name: choice.temperature for name, choice in chosen.items()},
+        "accuracy": {name: choice.validation_accuracy for name, choice in chosen.items()},
+        "oracle_test": {name: best.k for name, best in oracle.items()},
+        "oracle_test_accuracy": {name: best.test_accuracy for name, best in oracle.items()},
+    }
+
+
+def _grid(arms: Sequence[ArmResult], seed: int) -> dict[str, Any] | None:
+    """Which half earned the gain: accuracy by retriever (rows) and generator (columns)."""
+    sides = {"retriever": ("warm", "joint"), "generator": ("sft", "joint")}
+    cells: dict[tuple[str, str], ArmResult] = {}
+    for arm in arms:
+        cell = (arm.retriever or "", arm.generator)
+        if cell in itertools.product(*sides.values()):
+            cells.setdefault(cell, arm)  # the first of several readings, in the order of the arms
+    if len(cells) < 4:
+        return None
+    right = {cell: arm.correct.astype(float) for cell, arm in cells.items()}
+    ws, wj, js, jj = (right[r, g] for r, g in itertools.product(*sides.values()))
+    effects = {
+        "retriever": (js + jj - ws - wj) / 2,
+        "generator": (wj + jj - ws - js) / 2,
+        "interaction": (jj - js) - (wj - ws),
+    }
+    return {
+        **sides,
+        "arms": [[cells[r, g].name for g in sides["generator"]] for r in sides["retriever"]],
+        "accuracy": [
+            [cells[r, g].accuracy for g in sides["generator"]] for r in sides["retriever"]
+        ],
+        "effects": {
+            name: {
+                "difference": float(np.mean(values)),
+                "ci95": stats.bootstrap_mean(values, seed=seed),
+            }
+            for name, values in effects.items()
+        },
+    }
+
+
+def _tidy(value: Any) -> Any:
+    """Plain JSON types; floats to six significant digits, so that noise in the last bits is not
+    a difference between two runs; NaN and infinity, which JSON does not have, as null."""
+    if isinstance(value, Mapping):
+        return {str(key): _tidy(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_tidy(item) for item in value]
+    if isinstance(value, np.generic):
+        return _tidy(value.item())
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if np.isfinite(value) else None
+    return value

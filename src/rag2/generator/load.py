@@ -1,0 +1,135 @@
+"""folder, hub id or nothing at all -> a causal LM with its tokenizer, and back to a folder."""
+
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from rag2.registry import UserError, nearest
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(slots=True)
+class Generator:
+    """A causal LM `p(y|x,z)` and its tokenizer."""
+
+    model: Any  # PreTrainedModel, or what a tuning method wrapped around one
+    tokenizer: Any
+
+    @classmethod
+    def load(cls, path: str | Path, dtype: str = "float32", device: str = "cpu") -> Self:
+        """Load a Hugging Face folder or hub id in evaluation mode; code in it is never run.
+
+        The pad token falls back to eos. Raises UserError for a path without a model, an unknown
+        dtype or a tokenizer that does not fit the model.
+        """
+        if dtype not in DTYPES:
+            allowed = ", ".join(DTYPES)
+            raise UserError(
+                f"unknown generator dtype {dtype!r}; allowed: {allowed}.{nearest(dtype, DTYPES)}"
+            )
+        name = str(path)
+        local = _is_local(name)
+        model: Any
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(
+                name, local_files_only=local, trust_remote_code=False
+            )
+            model = AutoModelForCausalLM.from_pretrained(
+                name, dtype=DTYPES[dtype], local_files_only=local, trust_remote_code=False
+            )
+        except (OSError, ValueError, KeyError) as error:
+            what = "folder" if local else "hub id (and there is no such folder)"
+            reason = " ".join(str(error).split())
+            raise UserError(f"cannot load generator {what} {name!r}: {reason[:300]}") from error
+        if tokenizer.pad_token_id is None:
+            if tokenizer.eos_token is None:
+                raise UserError(f"generator {name!r}: the tokenizer has neither pad nor eos token")
+            tokenizer.pad_token = tokenizer.eos_token
+        rows = model.get_input_embeddings().num_embeddings
+        if len(tokenizer) > rows:
+            raise UserError(
+                f"generator {name!r}: {len(tokenizer)} tokens but embeddings for {rows}"
+            )
+        return cls(model.to(device).eval(), tokenizer)
+
+    def save(self, directory: str | Path) -> None:
+        """Write a plain Hugging Face folder: config, safetensors, tokenizer (an adapter stays one).
+
+        Write inside `artifact.committing` where a half-written folder must never be seen.
+        """
+        self.model.save_pretrained(directory)
+        self.tokenizer.save_pretrained(directory)
+
+    def fingerprint(self) -> str:
+        """SHA-256 of every parameter and buffer with its name, and of the vocabulary."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.model.state_dict().items()):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+            digest.update(raw.numpy())
+        for token, index in sorted(self.tokenizer.get_vocab().items()):
+            digest.update(f"{index} {token}\n".encode())
+        return digest.hexdigest()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the token embeddings live, and inputs go."""
+        return self.model.get_input_embeddings().weight.device
+
+    @property
+    def trained_parameters(self) -> int:
+        """How many numbers training may change."""
+        return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+
+
+def build_llama(
+    tokenizer: Any,
+    hidden: int,
+    layers: int,
+    heads: int,
+    intermediate: int,
+    max_positions: int,
+    tie: bool = True,
+) -> Generator:
+    """A Llama with random weights from torch's global random state, in evaluation mode.
+
+    Raises UserError when `hidden` does not divide into `heads` of even size, as rotary needs.
+    """
+    if hidden % (2 * heads):
+        raise UserError(f"hidden={hidden} does not divide into {heads} heads of even size")
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        max_position_embeddings=max_positions,
+        tie_word_embeddings=tie,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return Generator(LlamaForCausalLM(config).eval(), tokenizer)
+
+
+def _is_local(name: str) -> bool:
+    """True for a folder with a model, False for a hub id; raises UserError for anything else."""
+    path = Path(name)
+    if path.is_dir():
+        if not any((path / f).is_file() for f in ("config.json", "adapter_config.json")):
+            raise UserError(f"generator folder {name!r} has no config.json")
+        return True
+    if path.exists():
+        raise UserError(f"generator {name!r} is a file; a Hugging Face folder is needed")
+    # A hub id is `name` or `owner/name`; all else is meant as a path, and so is a name inside a
+    # folder that exists: asking the hub for a mistyped run costs a minute where it is unreachable.
+    inside = "/" in name and path.parent.is_dir()
+    if not name or inside or name.count("/") > 1 or name.startswith((".", "~", os.sep)):
+        raise UserError(f"generator folder {name!r} does not exist")
+    return False

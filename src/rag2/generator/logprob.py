@@ -1,0 +1,247 @@
+"""(context, continuation) -> log-probability: THE quantity of training, evaluation and serving.
+
+Letters: R (context, continuation) pairs, G contexts, L tokens, T continuation tokens, M rows: the
+continuation tokens of all pairs in one line, V vocabulary. Log-softmax is in fp32, in nats.
+"""
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from rag2.generator.head import Model, Rows, hidden_at, logits_at, plain_weight
+from rag2.generator.pairs import (
+    Ids,
+    Pair,
+    check_pair,
+    encode_pair,
+    lay_out,
+    length,
+    pad,
+    place,
+    token_batches,
+)
+from rag2_kernels import answer_logprob
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One context and the continuations to score after it, as token ids."""
+
+    context_ids: Ids
+    continuations: Sequence[Ids]
+
+
+# -- evaluation: no gradient ---------------------------------------------------------------------
+
+
+def score_choices(
+    model: Model,
+    tokenizer: Any,
+    contexts: Sequence[str],
+    continuations: Sequence[Sequence[str]],
+    batch_tokens: int = 8192,
+) -> list[list[float]]:
+    """log p(continuation | context) in nats, for every continuation of every context.
+
+    A merge across the boundary can give the choices of one context different context ids; equal
+    ids are encoded once, wherever they come from.
+    """
+    grouped: dict[tuple[int, ...], list[list[int]]] = {}
+    places: list[list[tuple[tuple[int, ...], int]]] = []
+    for context, choices in zip(contexts, continuations, strict=True):
+        places.append([])
+        for choice in choices:
+            context_ids, continuation_ids = encode_pair(tokenizer, context, choice)
+            group = grouped.setdefault(tuple(context_ids), [])
+            places[-1].append((tuple(context_ids), len(group)))
+            group.append(continuation_ids)
+    requests = [Request(context_ids, group) for context_ids, group in grouped.items()]
+    scores = dict(zip(grouped, choice_logprobs(model, requests, batch_tokens), strict=True))
+    return [[scores[context_ids][i] for context_ids, i in place] for place in places]
+
+
+@torch.no_grad()
+def choice_logprobs(
+    model: Model, requests: Sequence[Request], batch_tokens: int = 8192
+) -> list[list[float]]:
+    """log p(continuation | context) in nats; each context is encoded once for all its choices.
+
+    A batch holds at most `batch_tokens` padded cache positions, or one request. Models whose cache
+    cannot be shared (sliding windows, recurrent states, virtual tokens) are scored pair by pair.
+    Raises UserError for a sequence longer than the model's positions.
+    """
+    if not _shares_cache(model):
+        pairs = [(r.context_ids, ids) for r in requests for ids in r.continuations]
+        scores = iter(pair_logprobs(model, pairs, batch_tokens))
+        return [[next(scores) for _ in request.continuations] for request in requests]
+    for request in requests:
+        for ids in request.continuations:
+            check_pair(model, (request.context_ids, ids))
+    result: list[list[float]] = [[] for _ in requests]
+    with _evaluating(model):
+        for batch in token_batches([_cache_shape(r) for r in requests], batch_tokens):
+            scores = _shared_cache_logprobs(model, [requests[i] for i in batch])
+            for i, request_scores in zip(batch, scores, strict=True):
+                result[i] = request_scores
+    return result
+
+
+@torch.no_grad()
+def pair_logprobs(model: Model, pairs: Sequence[Pair], batch_tokens: int = 8192) -> list[float]:
+    """log p(continuation | context) in nats from one full sequence per pair: the slow reference."""
+    result = [0.0] * len(pairs)
+    with _evaluating(model):
+        for batch in token_batches([(1, length(p)) for p in pairs], batch_tokens):
+            inputs, rows, labels_M = lay_out(model, [pairs[i] for i in batch])
+            logits_MV, _ = logits_at(model, rows, **inputs, use_cache=False)
+            logp_M = _label_logp(logits_MV, labels_M)
+            sums = torch.zeros(len(batch), device=logp_M.device, dtype=logp_M.dtype)
+            sums.index_add_(0, rows.sequence_M, logp_M)
+            for i, score in zip(batch, sums.tolist(), strict=True):
+                result[i] = score
+    return result
+
+
+def _shared_cache_logprobs(model: Model, requests: Sequence[Request]) -> list[list[float]]:
+    """First tokens from the contexts' last logits, the others from a second, cached forward."""
+    device = place(model)
+    lengths_G = torch.tensor([len(r.context_ids) for r in requests], device=device)
+    ids_GL, mask_GL = pad([r.context_ids for r in requests], device)
+    last = Rows(torch.arange(len(requests), device=device), ids_GL.shape[1] - lengths_G + 1)
+    cache = DynamicCache(config=model.config)
+    logits_GV, output = logits_at(
+        model, last, input_ids=ids_GL, attention_mask=mask_GL, past_key_values=cache, use_cache=True
+    )
+    logp_GV = _log_softmax(logits_GV)
+    choices = [(g, ids) for g, r in enumerate(requests) for ids in r.continuations]
+    owner_R = torch.tensor([g for g, _ in choices], device=device)
+    first_R = torch.tensor([ids[0] for _, ids in choices], device=device)
+    logp_R = logp_GV[owner_R, first_R]
+
+    longer = [i for i, (_, ids) in enumerate(choices) if len(ids) > 1]
+    if longer:
+        owner_S = owner_R[longer]
+        pairs = [((ids[0],), ids[1:]) for _, ids in (choices[i] for i in longer)]
+        inputs, rows, labels_M = lay_out(model, pairs)
+        cache = output.past_key_values
+        cache.batch_select_indices(owner_S)
+        # Padding stands between a context and its continuation: the mask hides it, and positions
+        # go on from the context's true length.
+        steps_T = torch.arange(inputs["input_ids"].shape[1], device=device)
+        logits_MV, _ = logits_at(
+            model,
+            rows,
+            input_ids=inputs["input_ids"],
+            attention_mask=torch.cat([mask_GL[owner_S], inputs["attention_mask"]], dim=1),
+            position_ids=rearrange(lengths_G[owner_S], "s -> s 1") + steps_T,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        rest_M = _label_logp(logits_MV, labels_M)
+        logp_R.index_add_(0, torch.tensor(longer, device=device)[rows.sequence_M], rest_M)
+    scores = iter(logp_R.tolist())
+    return [[next(scores) for _ in r.continuations] for r in requests]
+
+
+def _shares_cache(model: Model) -> bool:
+    """Whether a cache can be copied row by row and continued behind padding."""
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        return False  # virtual tokens would be put in front of the cached continuation again
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if "position_ids" not in inspect.signature(inner.forward).parameters:
+        return False  # positions would be counted through the padding
+    layers = DynamicCache(config=model.config).layers
+    return all(type(layer) is DynamicLayer for layer in layers)
+
+
+def _cache_shape(request: Request) -> tuple[int, int]:
+    """(rows, length) that a request needs in the cache."""
+    longest = max((len(ids) for ids in request.continuations), default=1)
+    several = sum(len(ids) > 1 for ids in request.continuations)
+    return max(1, several), len(request.context_ids) + longest - 1
+
+
+# -- training: with gradient ---------------------------------------------------------------------
+
+
+def answer_logprob_rows(
+    model: Model, pairs: Sequence[Pair], batch_tokens: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """log p of every continuation token in nats, logp_RT padded with 0, and its mask_RT.
+
+    With gradient; the output head sees only the answers' rows. Given `batch_tokens`, pairs of
+    similar length share a forward of at most so many padded tokens, which saves padding, not
+    memory. Raises UserError for a sequence longer than the model's positions.
+    """
+    shapes = [(1, length(pair)) for pair in pairs]
+    batches = token_batches(shapes, batch_tokens) if batch_tokens else [list(range(len(pairs)))]
+    sequence, logp = [], []
+    for batch in batches:
+        inputs, rows, labels_M = lay_out(model, [pairs[i] for i in batch])
+        sequence.append(torch.tensor(batch, device=labels_M.device)[rows.sequence_M])
+        logp.append(_row_logp(model, rows, labels_M, inputs))
+    logp_M = torch.cat(logp)
+    counts = [len(ids) for _, ids in pairs]
+    steps_T = torch.arange(max(counts), device=logp_M.device)
+    mask_RT = steps_T < rearrange(torch.tensor(counts, device=logp_M.device), "r -> r 1")
+    # Within a pair the rows are in order, so a stable sort by pair is the order of the mask.
+    order_M = torch.cat(sequence).argsort(stable=True)
+    logp_RT = torch.zeros(mask_RT.shape, dtype=logp_M.dtype, device=logp_M.device)
+    return logp_RT.masked_scatter(mask_RT, logp_M[order_M]), mask_RT
+
+
+def sequence_nll(model: Model, ids_BL: Tensor, weights_BL: Tensor) -> Tensor:
+    """Mean of -log p(token | tokens before) in nats, weighted by `weights_BL` at each token.
+
+    The weight of a sequence's first token counts for nothing, since nothing predicts it. Padding
+    goes to the right and has weight 0; it needs no mask, for no earlier token can see it.
+    """
+    assert ids_BL.shape == weights_BL.shape, f"{tuple(ids_BL.shape)}, {tuple(weights_BL.shape)}"
+    weights_BS = weights_BL[:, 1:]
+    sequence_M, before_M = weights_BS.nonzero(as_tuple=True)
+    assert len(sequence_M), "every weight is 0: there is nothing to learn from"
+    rows = Rows(sequence_M, ids_BL.shape[1] - before_M)
+    labels_M = ids_BL[:, 1:][sequence_M, before_M]
+    weights_M = weights_BS[sequence_M, before_M].float()
+    logp_M = _row_logp(model, rows, labels_M, {"input_ids": ids_BL})
+    return -(weights_M * logp_M).sum() / weights_M.sum()
+
+
+def _row_logp(model: Model, rows: Rows, labels_M: Tensor, inputs: dict[str, Tensor]) -> Tensor:
+    weight_VH = plain_weight(model)
+    if weight_VH is None:
+        logits_MV, _ = logits_at(model, rows, **inputs, use_cache=False)
+        return _label_logp(logits_MV, labels_M)
+    return answer_logprob(hidden_at(model, rows, **inputs, use_cache=False), weight_VH, labels_M)
+
+
+# -- shared ----------------------------------------------------------------------------------------
+
+
+def _label_logp(logits_MV: Tensor, labels_M: Tensor) -> Tensor:
+    return _log_softmax(logits_MV).gather(-1, rearrange(labels_M, "m -> m 1"))[:, 0]
+
+
+def _log_softmax(logits_MV: Tensor) -> Tensor:
+    """In fp32, or fp64 for fp64 logits."""
+    return logits_MV.to(torch.promote_types(logits_MV.dtype, torch.float32)).log_softmax(-1)
+
+
+@contextmanager
+def _evaluating(model: Model) -> Iterator[None]:
+    """Evaluation mode inside; afterwards every module is in the mode it had."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

@@ -1,0 +1,1 @@
+"""Embeddings -> nearest chunks: index backends and immutable generations."""

@@ -1,0 +1,82 @@
+"""Exact search in torch, on any device and without FAISS: matrix product and running top-k."""
+
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from einops import einsum
+from pydantic import Field, StrictInt
+from safetensors.numpy import load_file, save_file
+
+from rag2.config import Config
+from rag2.index.base import Index, prepared
+
+FILE = "vectors.safetensors"
+PRODUCT = 1 << 26  # scores (256 MiB) that one matrix product may hold
+
+
+class TorchExact(Config):
+    """Exact search over all vectors, `block` of them at a time."""
+
+    name: Literal["torch"] = "torch"
+    device: str = "auto"
+    """A torch device; auto: cuda where there is one, else cpu."""
+    block: StrictInt = Field(65_536, ge=1)
+
+    def build(self, embeddings_ND: np.ndarray, ids_N: np.ndarray) -> Index:
+        """The index over embeddings; raises as `base.prepared` does."""
+        embeddings_ND, ids_N, max_norm = prepared(embeddings_ND, ids_N)
+        return _TorchIndex(self, ids_N, max_norm, embeddings_ND)
+
+    def load(self, directory: Path, ids_N: np.ndarray, max_norm: float) -> Index:
+        """The index in a directory whose bytes have been verified."""
+        vectors_ND = load_file(directory / FILE)["vectors"]
+        return _TorchIndex(self, ids_N, max_norm, vectors_ND)
+
+
+class _TorchIndex(Index):
+    """Vectors on the device for searching, and on the CPU for the exact scores."""
+
+    backend: TorchExact
+    exact = True
+
+    def __init__(
+        self, backend: TorchExact, ids_N: np.ndarray, max_norm: float, vectors_ND: np.ndarray
+    ) -> None:
+        super().__init__(backend, ids_N, max_norm)
+        found = "cuda" if torch.cuda.is_available() else "cpu"
+        self._device = torch.device(found if backend.device == "auto" else backend.device)
+        self._vectors_ND = vectors_ND.copy()  # the caller may go on writing into its array
+        self._search_ND = torch.from_numpy(self._vectors_ND).to(self._device)
+
+    @property
+    def dimension(self) -> int:
+        return self._vectors_ND.shape[1]
+
+    @torch.no_grad()
+    def candidates(self, queries_BD: np.ndarray, m: int) -> tuple[np.ndarray, np.ndarray]:
+        queries = torch.from_numpy(queries_BD).to(self._device)
+        step = max(m, min(self.backend.block, PRODUCT // max(1, len(queries))))
+        best_BM, rows_BM = [], []
+        for start in range(0, len(self), step):
+            block_ND = self._search_ND[start : start + step]
+            scores_BN = einsum(queries, block_ND, "b d, n d -> b n")
+            scores, rows = scores_BN.topk(min(m, len(block_ND)), dim=1)
+            best_BM, rows_BM = [*best_BM, scores], [*rows_BM, rows + start]
+            scores, order = torch.cat(best_BM, dim=1).topk(min(m, start + len(block_ND)), dim=1)
+            best_BM, rows_BM = [scores], [torch.cat(rows_BM, dim=1).gather(1, order)]
+        return best_BM[0].cpu().numpy(), rows_BM[0].cpu().numpy()
+
+    def rounding(self, queries_BD: np.ndarray) -> np.ndarray:
+        # torch.set_float32_matmul_precision, popular in training, lets products round their inputs.
+        inputs = {"highest": 0.0, "high": 2.0**-10, "medium": 2.0**-7}
+        allowed = inputs[torch.get_float32_matmul_precision()]
+        norms_B = np.linalg.norm(queries_BD, axis=1)
+        return super().rounding(queries_BD) + allowed * norms_B * self.max_norm
+
+    def vectors(self, rows_M: np.ndarray) -> np.ndarray:
+        return self._vectors_ND[rows_M]
+
+    def write(self, directory: Path) -> None:
+        save_file({"vectors": self._vectors_ND}, directory / FILE)

@@ -1,0 +1,1 @@
+"""Documents -> cleaned text -> chunks, living in one SQLite file."""

@@ -1,0 +1,1 @@
+"""Tensors -> scalar: the training losses; no model lives here."""

@@ -1,0 +1,69 @@
+"""Question -> chunks -> log-probabilities: retriever and generator as one module.
+
+Letters: B questions, K chunks per question, R = B*K (question, chunk) pairs, T answer tokens,
+D embedding, U distinct chunks of a batch.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from einops import einsum, rearrange
+from torch import Tensor, nn
+
+from rag2.generator.load import Generator
+from rag2.generator.logprob import answer_logprob_rows, encode_pair
+from rag2.generator.prompt import Prompt
+from rag2.retriever.encoder import DualEncoder
+from rag2.types import Chunk
+
+Pair = tuple[list[int], list[int]]
+
+
+class Rag(nn.Module):
+    """p(y|x) = sum_k p(z_k|x) p(y|x,z_k) over retrieved chunks (Lewis et al. 2020, RAG-Sequence)."""
+
+    def __init__(self, retriever: DualEncoder, generator: Generator, prompt: Prompt) -> None:
+        super().__init__()
+        self.retriever = retriever
+        self.generator = generator.model
+        self.tokenizer = generator.tokenizer
+        self.prompt = prompt
+
+    def scores(self, questions: Sequence[str], chunks_BK: Sequence[Sequence[Chunk]]) -> Tensor:
+        """Scores_BK = scale * <question, chunk> with today's weights, the logits of p(z|x).
+
+        The candidates may come from a stale index; their scores never do, else the chunk encoder
+        would get no gradient. A chunk that several questions share is encoded once.
+        """
+        unique = {chunk.id: chunk for row in chunks_BK for chunk in row}
+        place = {chunk_id: row for row, chunk_id in enumerate(unique)}
+        rows_BK = torch.tensor([[place[chunk.id] for chunk in row] for row in chunks_BK])
+        queries_BD = self.retriever.encode_questions(list(questions))
+        chunks_UD = self.retriever.encode_chunks([chunk.passage for chunk in unique.values()])
+        chunks_BKD = chunks_UD[rows_BK.to(chunks_UD.device)]
+        return self.retriever.scale * einsum(queries_BD, chunks_BKD, "b d, b k d -> b k").float()
+
+    def pairs(
+        self, questions: Sequence[str], answers: Sequence[str], chunks_BK: Sequence[Sequence[Chunk]]
+    ) -> list[Pair]:
+        """Token ids (context, answer) of every (question, chunk) pair, in the order b k."""
+        rows = []
+        for question, answer, chunks in zip(questions, answers, chunks_BK, strict=True):
+            for chunk in chunks:
+                built = self.prompt.context(question, [chunk.passage], self.tokenizer)
+                rows.append(encode_pair(self.tokenizer, built.text, " " + answer))
+        return rows
+
+    def logp(self, pairs: Sequence[Pair]) -> tuple[Tensor, Tensor]:
+        """Log-probabilities logp_RT in nats of the answer tokens, and their mask_RT."""
+        return answer_logprob_rows(self.generator, pairs)
+
+    def forward(
+        self, questions: Sequence[str], answers: Sequence[str], chunks_BK: Sequence[Sequence[Chunk]]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Scores_BK, logp_BKT and mask_BKT: all that a loss needs, in one graph."""
+        scores_BK = self.scores(questions, chunks_BK)
+        logp_RT, mask_RT = self.logp(self.pairs(questions, answers, chunks_BK))
+        shape = {"k": scores_BK.shape[1]}
+        logp_BKT = rearrange(logp_RT, "(b k) t -> b k t", **shape)
+        return scores_BK, logp_BKT, rearrange(mask_RT, "(b k) t -> b k t", **shape)

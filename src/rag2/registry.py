@@ -1,0 +1,68 @@
+"""Every variation point on one page: table -> name -> "module:Class", resolved when asked for."""
+
+import difflib
+import importlib
+from collections.abc import Iterable
+from typing import Any
+
+
+class UserError(ValueError):
+    """A user's mistake: one line that names the key, the value, what is allowed and the nearest."""
+
+
+TABLES: dict[str, dict[str, str]] = {
+    "world": {
+        "almanac": "rag2.worlds.almanac:Almanac",
+        "factbook": "rag2.worlds.factbook:Factbook",
+    },
+    "reader": {
+        "txt": "rag2.kb.read:read_text",
+        "md": "rag2.kb.read:read_markdown",
+        "jsonl": "rag2.kb.read:read_jsonl",
+        "csv": "rag2.kb.read:read_csv",
+    },
+    "chunker": {
+        "tokens": "rag2.kb.chunk:TokenChunker",
+    },
+    "index": {
+        "flat": "rag2.index.flat:Flat",
+        "ivf": "rag2.index.ivf:IVF",
+        "hnsw": "rag2.index.hnsw:HNSW",
+        "torch": "rag2.index.exact:TorchExact",
+    },
+    "loss": {
+        "marginal": "rag2.losses.marginal:Marginal",
+    },
+    "tuning": {
+        "full": "rag2.tuning.full:Full",
+        "lora": "rag2.tuning.lora:LoRA",
+    },
+    "refresh": {
+        "none": "rag2.reindex:NoRefresh",
+        "sync": "rag2.reindex:SyncRefresh",
+    },
+    "objective": {
+        "unsupervised": "rag2.training.objectives:Unsupervised",
+        "supervised": "rag2.training.objectives:Supervised",
+    },
+    "step": {
+        "one_pass": "rag2.training.step:OnePass",
+        "two_pass": "rag2.training.step:TwoPass",
+    },
+}
+
+
+def nearest(name: str, allowed: Iterable[str]) -> str:
+    """` Did you mean 'x'?` for the closest allowed name, or nothing."""
+    close = difflib.get_close_matches(name, list(allowed), n=1, cutoff=0.5)
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def lookup(table: str, name: str) -> Any:
+    """The class or function that `name` stands for; raises UserError for an unknown name."""
+    names = TABLES[table]
+    if name not in names:
+        allowed = ", ".join(names)
+        raise UserError(f"unknown {table} {name!r}; allowed: {allowed}.{nearest(name, names)}")
+    module, _, attribute = names[name].partition(":")
+    return getattr(importlib.import_module(module), attribute)

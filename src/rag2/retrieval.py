@@ -1,0 +1,104 @@
+"""Question -> chunks: the dense index, BM25, random chunks and the gold chunk behind one call."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+
+from rag2.index.generation import Generation
+from rag2.kb.lexical import BM25
+from rag2.registry import UserError
+from rag2.retriever.encoder import DualEncoder
+from rag2.retriever.embed import embed_questions
+from rag2.types import Chunk, Question
+
+
+class Retriever(Protocol):
+    """Anything that finds chunks; scores are logits of p(k|q) before the temperature."""
+
+    def search(self, questions: Sequence[Question], k: int) -> tuple[np.ndarray, np.ndarray]:
+        """Scores_QK (float32, best first) and chunk ids_QK (int64)."""
+        ...
+
+
+class Dense:
+    """The dual encoder over one generation; score = scale * cosine, the logits of training."""
+
+    def __init__(self, encoder: DualEncoder, generation: Generation) -> None:
+        self.encoder, self.generation = encoder, generation
+
+    def search(self, questions: Sequence[Question], k: int) -> tuple[np.ndarray, np.ndarray]:
+        """As Retriever.search."""
+        queries_QD = embed_questions(self.encoder, [q.question for q in questions])
+        scores_QK, ids_QK = self.generation.index.search(queries_QD, k)
+        return scores_QK * float(self.encoder.scale.detach()), ids_QK
+
+
+class Lexical:
+    """BM25 over the chunks' passages; the raw BM25 score is the logit."""
+
+    def __init__(self, bm25: BM25) -> None:
+        self.bm25 = bm25
+
+    def search(self, questions: Sequence[Question], k: int) -> tuple[np.ndarray, np.ndarray]:
+        """As Retriever.search."""
+        return self.bm25.search([q.question for q in questions], k)
+
+
+class Random:
+    """Control: chunks drawn at random, all with the same score."""
+
+    def __init__(self, chunk_ids: Sequence[int], seed: int) -> None:
+        self.chunk_ids, self.seed = np.asarray(chunk_ids, dtype=np.int64), seed
+
+    def search(self, questions: Sequence[Question], k: int) -> tuple[np.ndarray, np.ndarray]:
+        """As Retriever.search; the draw depends on the seed and the question's place alone."""
+        rng = np.random.default_rng(self.seed)
+        ids_QK = np.stack([rng.choice(self.chunk_ids, size=k, replace=False) for _ in questions])
+        return np.zeros(ids_QK.shape, dtype=np.float32), ids_QK
+
+
+class Gold:
+    """Control: the chunk that holds the answer, whatever k is."""
+
+    def __init__(self, evidence: dict[str, list[int]]) -> None:
+        self.evidence = evidence
+
+    def search(self, questions: Sequence[Question], k: int) -> tuple[np.ndarray, np.ndarray]:
+        """As Retriever.search with k = 1; raises UserError for a question without evidence."""
+        for question in questions:
+            if not self.evidence.get(question.id):
+                raise UserError(
+                    f"question {question.id!r} names no evidence; gold_rag needs gold_chunk or evidence"
+                )
+        ids_QK = np.array([[self.evidence[q.id][0]] for q in questions], dtype=np.int64)
+        return np.zeros(ids_QK.shape, dtype=np.float32), ids_QK
+
+
+def gold_chunks(questions: Sequence[Question], chunks: Sequence[Chunk]) -> dict[str, list[int]]:
+    """For each question the chunks of its evidence documents that hold the answer's text.
+
+    Where no chunk of an evidence document holds the answer word for word, all its chunks count.
+    """
+    by_document: dict[str, list[Chunk]] = {}
+    for chunk in chunks:
+        by_document.setdefault(chunk.document, []).append(chunk)
+    found = {}
+    for question in questions:
+        if question.gold_chunk is not None:
+            found[question.id] = [question.gold_chunk]
+            continue
+        rows = [c for document in question.evidence for c in by_document.get(document, [])]
+        holding = [c for c in rows if question.gold.casefold() in c.text.casefold()]
+        found[question.id] = [c.id for c in holding or rows]
+    return found
+
+
+def recall(ids_QK: np.ndarray, gold: Sequence[Sequence[int]], k: int) -> np.ndarray:
+    """For each question 1.0 if any gold chunk is among the first k retrieved, else 0.0."""
+    return np.array(
+        [
+            float(bool(set(row[:k].tolist()) & set(ids)))
+            for row, ids in zip(ids_QK, gold, strict=True)
+        ]
+    )

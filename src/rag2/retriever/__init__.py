@@ -1,0 +1,1 @@
+"""Text -> embeddings: the dual encoder and the embedding of a whole corpus."""

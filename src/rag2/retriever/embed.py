@@ -1,0 +1,66 @@
+"""Encoder and texts -> one float32 embedding per text, in the order of the texts."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import nn
+
+from rag2.retriever.encoder import DualEncoder, Side
+
+# Texts are tokenized and sorted by length this many at a time: it bounds the token ids in memory.
+WINDOW = 16_384
+
+
+def embed_corpus(
+    encoder: DualEncoder,
+    texts: Sequence[str],
+    batch_tokens: int = 8192,
+    progress: Callable[[int, int], None] | None = None,
+    side: Side = "chunk",
+) -> np.ndarray:
+    """Embeddings [N, D] of `texts`, float32 and C-contiguous, without gradient or dropout.
+
+    Texts of like length share a batch of at most `batch_tokens` padded tokens (one text at least).
+    `progress(done, total)` is called after each batch. Raises ValueError naming the first text
+    whose embedding is not finite.
+    """
+    embeddings_ND = np.empty((len(texts), encoder.dimension), dtype=np.float32)
+    done = 0
+    with torch.no_grad(), evaluating(encoder):
+        for start in range(0, len(texts), WINDOW):
+            rows = encoder.tokenize(texts[start : start + WINDOW], side)
+            for batch in batches([len(row) for row in rows], batch_tokens):
+                batch_BD = encoder.embed([rows[i] for i in batch], side).cpu().numpy()
+                wrong = batch[~np.isfinite(batch_BD).all(axis=1)]
+                if wrong.size:
+                    raise ValueError(f"the embedding of {side} {start + wrong.min()} is not finite")
+                embeddings_ND[start + batch] = batch_BD
+                done += len(batch)
+                if progress is not None:
+                    progress(done, len(texts))
+    return embeddings_ND
+
+
+def batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[np.ndarray]:
+    """Row numbers of each batch, longest texts first, so that too large a budget fails at once."""
+    order = np.argsort(-np.asarray(lengths), kind="stable")
+    start = 0
+    while start < len(order):
+        width = -(-lengths[order[start]] // 8) * 8
+        stop = start + max(1, batch_tokens // width)
+        yield order[start:stop]
+        start = stop
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """`model` in eval mode; each of its modules gets its own mode back afterwards."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

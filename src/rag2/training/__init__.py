@@ -1,0 +1,1 @@
+"""What surrounds a training loop and is not its algorithm: batches, optimizer, log, checkpoints."""

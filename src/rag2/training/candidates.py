@@ -1,0 +1,63 @@
+"""Which chunks a training question is scored against: from the index, by words, by chance."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from pydantic import Field
+
+from rag2.config import Config
+from rag2.kb.lexical import BM25
+from rag2.registry import UserError
+from rag2.training import batches
+from rag2.types import Chunk, Question
+
+
+class Candidates(Config):
+    """How many chunks each source proposes for a question; K is their sum."""
+
+    dense: int = Field(4, ge=0)
+    """from the index, however stale"""
+    bm25: int = Field(3, ge=0)
+    """by words: a chunk the index has lost (p = 0) gets no gradient; here it comes back"""
+    random: int = Field(1, ge=0)
+    """by chance: a softmax over only the best K is too sure of itself"""
+
+    @property
+    def k(self) -> int:
+        """Chunks per question."""
+        return self.dense + self.bm25 + self.random
+
+
+class Proposals:
+    """Candidate chunks of a batch: dense, then BM25, then random, K different ones a question.
+
+    The BM25 rows depend on the questions and the corpus alone, so they are computed once.
+    """
+
+    def __init__(
+        self, cfg: Candidates, chunks: Sequence[Chunk], questions: Sequence[Question], seed: int
+    ) -> None:
+        """Raises UserError when K is zero or larger than the corpus."""
+        if not 0 < cfg.k <= len(chunks):
+            raise UserError(f"candidates: K = {cfg.k}, but the corpus has {len(chunks)} chunks")
+        self.cfg, self.seed = cfg, seed
+        self.by_id = {chunk.id: chunk for chunk in chunks}
+        self.ids_N = np.array(list(self.by_id))
+        self.bm25_QM = np.zeros((len(questions), 0), dtype=np.int64)
+        if cfg.bm25:
+            # Deep enough that cfg.bm25 are left when the dense index has found the first ones too.
+            depth = min(cfg.dense + cfg.bm25, len(chunks))
+            _, self.bm25_QM = BM25(chunks).search([q.question for q in questions], depth)
+
+    def __call__(self, rows_B: np.ndarray, dense_BK: np.ndarray, step: int) -> list[list[Chunk]]:
+        """Chunks_BK for the questions in rows_B, given what the index found for them."""
+        chunks_BK = []
+        for row, dense in zip(rows_B, dense_BK, strict=True):
+            rng = batches.generator(self.seed, step, int(row))
+            picked = dict.fromkeys(dense.tolist())
+            fresh = [i for i in self.bm25_QM[row].tolist() if i not in picked]
+            picked.update(dict.fromkeys(fresh[: self.cfg.bm25]))
+            while len(picked) < self.cfg.k:
+                picked.setdefault(int(self.ids_N[rng.integers(len(self.ids_N))]))
+            chunks_BK.append([self.by_id[i] for i in picked])
+        return chunks_BK

@@ -1,0 +1,119 @@
+"""Save and resume a run exactly: weights, optimizer, RNG and step as safetensors and JSON."""
+
+import json
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from rag2 import artifact
+from rag2.registry import UserError
+
+
+def save(
+    out: Path,
+    step: int,
+    modules: dict[str, nn.Module],
+    optimizer: torch.optim.Optimizer,
+    extra: dict[str, Any],
+    keep: int = 2,
+) -> Path:
+    """Commit checkpoints/step-NNNNNN and move `latest` to it; older ones go only after that."""
+    folder = out / "checkpoints"
+    folder.mkdir(parents=True, exist_ok=True)
+    artifact.sweep(folder)
+    directory = folder / f"step-{step:06d}"
+    if directory.exists():  # a run started afresh in this directory
+        shutil.rmtree(directory)
+    with artifact.committing(
+        directory, kind="checkpoint", meta={"step": step}, pointer=folder / "latest"
+    ) as staging:
+        for name, module in modules.items():
+            save_file(_tensors(module), staging / f"{name}.safetensors")
+        tensors, scalars = _optimizer_state(optimizer)
+        save_file({**tensors, "rng/torch": torch.get_rng_state()}, staging / "optimizer.safetensors")
+        state = {"step": step, "optimizer": scalars, "extra": extra}
+        (staging / "state.json").write_text(json.dumps(state), encoding="utf-8")
+    for old in sorted(folder.glob("step-*"))[:-keep]:
+        shutil.rmtree(old)
+    return directory
+
+
+def load(
+    out: Path, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer
+) -> dict[str, Any] | None:
+    """Restore the checkpoint that `latest` names; returns its state, or None when there is none."""
+    directory = artifact.follow(out / "checkpoints" / "latest")
+    if directory is None:
+        return None
+    artifact.verify(directory, kind="checkpoint")
+    state = json.loads((directory / "state.json").read_text(encoding="utf-8"))
+    for name, module in modules.items():
+        _restore(module, load_file(directory / f"{name}.safetensors"), directory / name)
+    tensors = load_file(directory / "optimizer.safetensors")
+    torch.set_rng_state(tensors.pop("rng/torch"))
+    _restore_optimizer(optimizer, tensors, state["optimizer"])
+    return state
+
+
+def retained(out: Path) -> list[dict[str, Any]]:
+    """What the run stored beside its weights in each checkpoint that is still there."""
+    paths = sorted((out / "checkpoints").glob("step-*/state.json"))
+    return [json.loads(path.read_text(encoding="utf-8"))["extra"] for path in paths]
+
+
+def seed_everything(seed: int) -> None:
+    """Seed torch, numpy and random; every batch has its own counter-based generator besides."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def _tensors(module: nn.Module) -> dict[str, torch.Tensor]:
+    """A module's state with tied tensors stored once, as safetensors demands."""
+    seen: set[int] = set()
+    rows = {}
+    for name, tensor in module.state_dict().items():
+        if tensor.data_ptr() in seen and tensor.numel():
+            continue
+        seen.add(tensor.data_ptr())
+        rows[name] = tensor.detach().contiguous()
+    return rows
+
+
+def _restore(module: nn.Module, tensors: dict[str, torch.Tensor], where: Path) -> None:
+    own = set(_tensors(module))
+    if own != set(tensors):
+        odd = sorted(own ^ set(tensors))[0]
+        raise UserError(f"checkpoint {where}: tensor {odd!r} does not fit this configuration")
+    module.load_state_dict(tensors, strict=False)
+
+
+def _optimizer_state(
+    optimizer: torch.optim.Optimizer,
+) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
+    """AdamW's moments as flat tensors `index/key`; the groups' scalars as JSON."""
+    state = optimizer.state_dict()
+    tensors = {
+        f"{index}/{key}": value.clone()
+        for index, row in state["state"].items()
+        for key, value in row.items()
+    }
+    return tensors, state["param_groups"]
+
+
+def _restore_optimizer(
+    optimizer: torch.optim.Optimizer,
+    tensors: dict[str, torch.Tensor],
+    groups: list[dict[str, Any]],
+) -> None:
+    rows: dict[int, dict[str, torch.Tensor]] = {}
+    for name, value in tensors.items():
+        index, _, key = name.partition("/")
+        rows.setdefault(int(index), {})[key] = value
+    optimizer.load_state_dict({"state": rows, "param_groups": groups})

@@ -1,0 +1,16 @@
+"""The variation points of the recipes as types: a run-time union, and what it offers to a reader."""
+
+from typing import TYPE_CHECKING, Any
+
+from rag2 import config
+
+if TYPE_CHECKING:  # a checker cannot see a union that is built from the registry
+    World = Loss = Step = Tuning = Index = Refresh = Objective = Any
+else:
+    World = config.choice("world")
+    Loss = config.choice("loss")
+    Step = config.choice("step")
+    Tuning = config.choice("tuning")
+    Index = config.choice("index")
+    Refresh = config.choice("refresh")
+    Objective = config.choice("objective")

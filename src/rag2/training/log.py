@@ -1,0 +1,85 @@
+"""One JSON object per step in log.jsonl, and a progress bar for the person who waits."""
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+class RunLog:
+    """Appends to `directory`/log.jsonl; floats are written so that they round-trip exactly."""
+
+    def __init__(self, directory: Path, start: int = 0) -> None:
+        """Open the log; a resumed run cuts it back to the lines before step `start`."""
+        directory.mkdir(parents=True, exist_ok=True)
+        self.path = directory / "log.jsonl"
+        kept = [line for line in _lines(self.path) if json.loads(line)["step"] < start]
+        staging = self.path.with_suffix(".jsonl.new")
+        staging.write_text("".join(kept), encoding="utf-8")
+        os.replace(staging, self.path)
+        self._file = self.path.open("a", encoding="utf-8")
+
+    def write(self, **values: Any) -> None:
+        """Write one line; it is on its way to disk when this returns."""
+        self._file.write(json.dumps(values) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def _lines(path: Path) -> Iterator[str]:
+    """The complete lines of a log; a kill may have left half a line at the end."""
+    if not path.exists():
+        return
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            if line.endswith("\n"):
+                yield line
+
+
+def train_seconds(directory: Path) -> float:
+    """Wall-clock seconds that the steps of a run took, from its log."""
+    return sum(json.loads(line).get("seconds", 0.0) for line in _lines(directory / "log.jsonl"))
+
+
+@contextmanager
+def progress(title: str, total: int, done: int = 0) -> Iterator[Any]:
+    """A progress bar on stderr; the yielded function advances it and shows `key=value` beside it."""
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=Console(stderr=True),
+        transient=False,
+    )
+    with bar:
+        task = bar.add_task(title, total=total, completed=done, note="")
+
+        def advance(amount: int = 1, **values: float) -> None:
+            note = " ".join(f"{key}={value:.4g}" for key, value in values.items())
+            bar.update(task, advance=amount, note=note)
+
+        yield advance
+
+
+class Clock:
+    """Seconds since the last call."""
+
+    def __init__(self) -> None:
+        self._last = time.perf_counter()
+
+    def lap(self) -> float:
+        """Seconds since the last lap (or since creation)."""
+        now = time.perf_counter()
+        seconds, self._last = now - self._last, now
+        return seconds

@@ -1,0 +1,66 @@
+"""What classic fine-tuning minimises: the corpus as plain text, or answers to questions."""
+
+from collections.abc import Callable, Sequence
+from typing import ClassVar, Literal
+
+from pydantic import Field
+from torch import Tensor
+
+from rag2.config import Config
+from rag2.generator.load import Generator
+from rag2.generator.logprob import answer_logprob_rows, encode_pair, sequence_nll
+from rag2.generator.prompt import Prompt
+from rag2.training import batches
+from rag2.training.sequences import blocks, collate
+from rag2.types import Question
+
+# step -> the loss of that step's batch, in nats per token
+BatchLoss = Callable[[int], Tensor]
+
+
+class Unsupervised(Config):
+    """Continued pretraining on the corpus (Ovadia et al. 2024, section 4.2).
+
+    The chunks between BOS and EOS marks in one line, cut into equal blocks; next-token prediction.
+    """
+
+    name: Literal["unsupervised"] = "unsupervised"
+    block: int = Field(256, ge=2)
+    """tokens per block"""
+
+    needs: ClassVar[str] = "texts"
+
+    def prepare(self, data: Sequence[str], generator: Generator, size: int, seed: int) -> BatchLoss:
+        """The loss of `size` blocks a step."""
+        rows = blocks(data, self.block, generator.tokenizer)
+
+        def loss(step: int) -> Tensor:
+            picked = batches.sample(len(rows), size, seed, step)
+            return sequence_nll(generator.model, *collate([rows[row] for row in picked]))
+
+        return loss
+
+
+class Supervised(Config):
+    """Closed-book question answering: -log p(answer | question) on training questions."""
+
+    name: Literal["supervised"] = "supervised"
+
+    needs: ClassVar[str] = "questions"
+
+    def prepare(
+        self, data: Sequence[Question], generator: Generator, size: int, seed: int
+    ) -> BatchLoss:
+        """The loss of `size` questions a step."""
+        prompt, tokenizer = Prompt(), generator.tokenizer
+        pairs = [
+            encode_pair(tokenizer, prompt.context(q.question, [], tokenizer).text, " " + q.gold)
+            for q in data
+        ]
+
+        def loss(step: int) -> Tensor:
+            picked = batches.sample(len(pairs), size, seed, step)
+            logp_RT, mask_RT = answer_logprob_rows(generator.model, [pairs[row] for row in picked])
+            return -logp_RT.sum() / mask_RT.sum()
+
+        return loss

@@ -1,0 +1,90 @@
+"""A run directory from its first file to its last: config.yaml, log.jsonl, checkpoints/, final/."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from rag2 import artifact, config
+from rag2.generator.load import Generator
+from rag2.generator.prompt import Prompt
+from rag2.registry import UserError
+from rag2.retriever.encoder import DualEncoder
+from rag2.training import checkpoint, distributed
+from rag2.training.log import RunLog
+
+# Keys that may differ between a run and its continuation.
+FREE = ("steps", "resume", "jobs")
+
+
+class Settings(Protocol):
+    """What every recipe's configuration has."""
+
+    @property
+    def out(self) -> str: ...
+    @property
+    def resume(self) -> bool: ...
+
+
+class Run:
+    """Opens `cfg.out`, restores what is there if `cfg.resume`, and commits what is asked for."""
+
+    def __init__(
+        self, cfg: Any, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Start or continue the run; raises UserError when it was begun with another config."""
+        self.out = Path(cfg.out)
+        self.modules, self.optimizer = modules, optimizer
+        saved = self.out / "config.yaml"
+        if cfg.resume and saved.exists():
+            _refuse_changes(cfg, saved)
+        state = checkpoint.load(self.out, modules, optimizer) if cfg.resume else None
+        if state is None and distributed.rank() == 0:  # from step 0: what an older run left goes
+            for name in ("checkpoints", "generations", "final"):
+                shutil.rmtree(self.out / name, ignore_errors=True)
+        self.out.mkdir(parents=True, exist_ok=True)
+        saved.write_text(config.dump(cfg), encoding="utf-8")
+        self.start: int = state["step"] if state else 0
+        self.extra: dict[str, Any] = state["extra"] if state else {}
+        self.log = RunLog(self.out, self.start)
+
+    def checkpoint(self, step: int, **extra: Any) -> None:
+        """Commit everything needed to go on at `step`."""
+        if distributed.rank() == 0:
+            checkpoint.save(self.out, step, self.modules, self.optimizer, extra)
+
+    def finish(
+        self,
+        generator: Generator | None = None,
+        retriever: DualEncoder | None = None,
+        prompt: Prompt | None = None,
+        **meta: Any,
+    ) -> None:
+        """Commit final/: the trained halves, the prompt, and `meta` in the manifest."""
+        self.log.close()
+        if distributed.rank() != 0:
+            return
+        shutil.rmtree(self.out / "final", ignore_errors=True)
+        with artifact.committing(self.out / "final", kind="system", meta=meta) as staging:
+            if generator is not None:
+                generator.save(staging / "generator")
+            if retriever is not None:
+                retriever.save(staging / "retriever")
+            if prompt is not None:
+                text = json.dumps(prompt.model_dump(mode="json"), indent=2)
+                (staging / "prompt.json").write_text(text, encoding="utf-8")
+
+
+def _refuse_changes(cfg: config.Config, saved: Path) -> None:
+    """Raise UserError if the run in `saved` was begun with other settings than `cfg`."""
+    old = config.load(type(cfg), str(saved)).model_dump(mode="json")
+    new = cfg.model_dump(mode="json")
+    for key in old:
+        if key not in FREE and old[key] != new[key]:
+            raise UserError(
+                f"{saved.parent} was begun with {key}={old[key]!r}, not {new[key]!r}; "
+                "resume with the same settings or choose another out="
+            )

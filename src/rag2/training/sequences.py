@@ -1,0 +1,89 @@
+"""Texts and reading rows -> token sequences with a loss weight per token (L tokens, B sequences)."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rag2.generator.prompt import Prompt
+from rag2.registry import UserError
+
+
+class Weighted(NamedTuple):
+    """Token ids of one training sequence, and the weight of each in the loss."""
+
+    ids_L: np.ndarray
+    weights_L: np.ndarray
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The reading rows {"title", "text", "qa"} of a JSONL file; UserError names a broken line."""
+    rows: list[dict[str, Any]] = []
+    try:
+        with path.open(encoding="utf-8") as file:
+            for line in file:
+                row = json.loads(line)
+                if not isinstance(row, dict) or not {"title", "text", "qa"} <= set(row):
+                    raise UserError(f"{path}:{len(rows) + 1}: a row needs title, text and qa")
+                rows.append(row)
+    except FileNotFoundError:
+        raise UserError(f"corpus {path} not found") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}:{len(rows) + 1}: {error}") from None
+    if not rows:
+        raise UserError(f"{path}: no rows")
+    return rows
+
+
+def reading(row: dict[str, Any], prompt: Prompt, tokenizer: Any) -> tuple[str, list[range]]:
+    """The text of a reading row, prompted as evaluation prompts, and where its answers stand."""
+    passage = f"{row['title']}\n{row['text']}" if row["title"] else row["text"]
+    if not row["qa"]:
+        return passage, []
+    passages = [passage] if row["text"] else []
+    text, answers = "", []
+    for question, answer in row["qa"]:
+        text += prompt.context(question, passages, tokenizer).text
+        answers.append(range(len(text), len(text) + 1 + len(answer)))
+        text += f" {answer}\n\n"
+        passages = []
+    return text.rstrip("\n"), answers
+
+
+def weigh(text: str, answers: Sequence[range], tokenizer: Any, text_weight: float) -> Weighted:
+    """Tokens of `text` and an end token: answers weigh 1, everything else `text_weight`."""
+    encoded = tokenizer(text, return_offsets_mapping=True)
+    weights = [
+        1.0 if end > start and any(start in span for span in answers) else text_weight
+        for start, end in encoded["offset_mapping"]
+    ]
+    ids = [*encoded["input_ids"], tokenizer.eos_token_id]
+    return Weighted(np.array(ids), np.array([*weights, text_weight], dtype=np.float32))
+
+
+def collate(sequences: Sequence[Weighted]) -> tuple[Tensor, Tensor]:
+    """Right-padded ids_BL and weights_BL; padding weighs nothing."""
+    width = max(len(s.ids_L) for s in sequences)
+    ids_BL = torch.zeros(len(sequences), width, dtype=torch.long)
+    weights_BL = torch.zeros(len(sequences), width)
+    for row, sequence in enumerate(sequences):
+        ids_BL[row, : len(sequence.ids_L)] = torch.from_numpy(sequence.ids_L)
+        weights_BL[row, : len(sequence.ids_L)] = torch.from_numpy(sequence.weights_L)
+    return ids_BL, weights_BL
+
+
+def blocks(texts: Sequence[str], size: int, tokenizer: Any) -> list[Weighted]:
+    """Equal blocks of `size` tokens: each text between BOS and EOS, all in one line, cut again.
+
+    The unsupervised fine-tuning data of Ovadia et al. 2024 (section 4.2): the marks stay where the
+    original chunks begin and end. The remainder of the line is a shorter last block.
+    """
+    line: list[int] = []
+    for row in tokenizer(list(texts), add_special_tokens=False)["input_ids"]:
+        line += [tokenizer.bos_token_id, *row, tokenizer.eos_token_id]
+    pieces = [np.array(line[i : i + size]) for i in range(0, len(line), size)]
+    return [Weighted(ids, np.ones(len(ids), dtype=np.float32)) for ids in pieces if len(ids) > 1]

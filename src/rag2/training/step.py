@@ -1,0 +1,156 @@
+"""Two equal paths for one joint step: everything in one graph, or a posterior first.
+
+Both leave the same gradients (a test holds them to it at `skip_below=0`); they differ in cost. With
+f = share of prompts kept, one pass costs 3 forwards of all B*K prompts and holds all their
+activations; two passes cost 1 + 3f and hold one micro-batch.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from einops import rearrange
+from pydantic import Field
+from torch import Tensor
+
+from rag2.config import Config
+from rag2.rag import Pair, Rag
+from rag2.types import Chunk
+
+Loss = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """Detached figures of a step: loss_B in nats, posterior_BK, prior_BK, share of prompts kept."""
+
+    loss_B: Tensor
+    posterior_BK: Tensor
+    prior_BK: Tensor
+    kept: float
+
+
+class OnePass(Config):
+    """One graph over all B*K prompts."""
+
+    name: Literal["one_pass"] = "one_pass"
+
+    def __call__(
+        self,
+        rag: Rag,
+        loss: Loss,
+        questions: Sequence[str],
+        answers: Sequence[str],
+        chunks_BK: Sequence[Sequence[Chunk]],
+    ) -> StepResult:
+        """Accumulate the gradient of the mean loss into the parameters."""
+        scores_BK, logp_BKT, mask_BKT = rag(questions, answers, chunks_BK)
+        loss_B, posterior_BK = loss(scores_BK, logp_BKT, mask_BKT)
+        loss_B.mean().backward()
+        prior_BK = scores_BK.detach().softmax(-1)
+        return StepResult(loss_B.detach(), posterior_BK.detach(), prior_BK, 1.0)
+
+
+class TwoPass(Config):
+    """A posterior without gradients, then backward only through prompts that the loss feels.
+
+    The log-probabilities of the first pass become leaves of the loss; the gradient that arrives at
+    them is what the second pass sends back through the generator, micro-batch by micro-batch (the
+    gradient-caching idea of Gao et al. 2021). `skip_below`: prompts whose posterior is smaller are
+    left out of the second pass; their share of the gradient is that small too.
+    """
+
+    name: Literal["two_pass"] = "two_pass"
+    skip_below: float = Field(0.0, ge=0.0, lt=1.0)
+    micro_batch: int = Field(64, ge=1)
+
+    def __call__(
+        self,
+        rag: Rag,
+        loss: Loss,
+        questions: Sequence[str],
+        answers: Sequence[str],
+        chunks_BK: Sequence[Sequence[Chunk]],
+    ) -> StepResult:
+        """Accumulate the gradient of the mean loss into the parameters."""
+        pairs = rag.pairs(questions, answers, chunks_BK)
+        order = sorted(range(len(pairs)), key=lambda r: len(pairs[r][0]) + len(pairs[r][1]))
+        pieces = [order[i : i + self.micro_batch] for i in range(0, len(order), self.micro_batch)]
+        logp_RT, mask_RT, states = self._first_pass(rag, pairs, pieces)
+
+        scores_BK = rag.scores(questions, chunks_BK)
+        logp_RT.requires_grad_(True)
+        shape = {"k": scores_BK.shape[1]}
+        loss_B, posterior_BK = loss(
+            scores_BK,
+            rearrange(logp_RT, "(b k) t -> b k t", **shape),
+            rearrange(mask_RT, "(b k) t -> b k t", **shape),
+        )
+        loss_B.mean().backward()
+        grad_RT = logp_RT.grad
+        kept = 1.0
+        if grad_RT is not None and any(p.requires_grad for p in rag.generator.parameters()):
+            felt_R = rearrange(posterior_BK.detach(), "b k -> (b k)") >= self.skip_below
+            kept = float(felt_R.float().mean())
+            self._second_pass(rag, pairs, pieces, states, grad_RT, felt_R)
+        prior_BK = scores_BK.detach().softmax(-1)
+        return StepResult(loss_B.detach(), posterior_BK.detach(), prior_BK, kept)
+
+    def _first_pass(
+        self, rag: Rag, pairs: list[Pair], pieces: list[list[int]]
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Logp_RT and mask_RT of every prompt, and the RNG state before each micro-batch."""
+        width = max(len(answer) for _, answer in pairs)
+        device = next(rag.generator.parameters()).device
+        logp_RT = torch.zeros(len(pairs), width, device=device)
+        mask_RT = torch.zeros(len(pairs), width, dtype=torch.bool, device=device)
+        states = []
+        with torch.no_grad():
+            for piece in pieces:
+                states.append(_rng_state(device))
+                logp, mask = rag.logp([pairs[r] for r in piece])
+                logp_RT[piece, : logp.shape[1]] = logp.float()
+                mask_RT[piece, : mask.shape[1]] = mask
+        return logp_RT, mask_RT, states
+
+    def _second_pass(
+        self,
+        rag: Rag,
+        pairs: list[Pair],
+        pieces: list[list[int]],
+        states: list[Tensor],
+        grad_RT: Tensor,
+        felt_R: Tensor,
+    ) -> None:
+        """Send grad_RT back through the generator for the prompts that are felt.
+
+        With dropout the masks of the first pass must come back, so a generator that has dropout
+        keeps its micro-batches whole and only zero gradients are left out.
+        """
+        dropout = rag.generator.training and any(
+            isinstance(m, torch.nn.Dropout) and m.p > 0 for m in rag.generator.modules()
+        )
+        device = grad_RT.device
+        after = _rng_state(device)
+        if not dropout:
+            rows = [r for piece in pieces for r in piece if felt_R[r]]
+            pieces = [rows[i : i + self.micro_batch] for i in range(0, len(rows), self.micro_batch)]
+        grad_RT = torch.where(rearrange(felt_R, "r -> r 1"), grad_RT, 0.0)
+        for number, piece in enumerate(pieces):
+            if dropout:
+                _set_rng_state(device, states[number])
+            logp, _ = rag.logp([pairs[r] for r in piece])
+            logp.backward(grad_RT[piece, : logp.shape[1]].to(logp.dtype))
+        _set_rng_state(device, after)
+
+
+def _rng_state(device: torch.device) -> Tensor:
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+
+
+def _set_rng_state(device: torch.device, state: Tensor) -> None:
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state, device)
+    else:
+        torch.set_rng_state(state)

@@ -1,0 +1,26 @@
+"""Model -> model with every weight trainable."""
+
+from typing import Literal
+
+from torch import nn
+
+from rag2.config import Config
+
+
+class Full(Config):
+    """Full fine-tuning: every weight is trained."""
+
+    name: Literal["full"] = "full"
+
+    def apply(self, model: nn.Module) -> nn.Module:
+        """`model` itself, every parameter requiring a gradient."""
+        return model.requires_grad_(True)
+
+    def merge(self, model: nn.Module) -> nn.Module:
+        """`model` itself: there is nothing to merge."""
+        return model
+
+
+def trained_parameters(model: nn.Module) -> int:
+    """Number of trainable weights; tied weights count once."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -1,0 +1,1 @@
+"""Generated worlds: corpora with questions whose truth is known by construction."""

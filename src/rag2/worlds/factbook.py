@@ -1,0 +1,271 @@
+"""Real input: the World Factbook, whose newer edition holds what a base of the older cannot know.
+
+The corpus is the newer edition, one document per country, section and field. Countries are split,
+so that no answer can be learned from training questions; test questions ask held-out countries
+for facts that changed between the editions. People's wordings avoid the words of the field.
+"""
+
+import json
+import logging
+import random
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field as Setting
+from pydantic import StrictInt
+
+from rag2.config import Config
+from rag2.registry import UserError
+from rag2.worlds import factbook_editions as editions
+from rag2.worlds import factbook_pretrain as pretrain
+from rag2.worlds.factbook_editions import Country, FactPath, Page
+from rag2.worlds.factbook_fields import Field, fields, key, mentions, number
+
+log = logging.getLogger(__name__)
+Row = dict[str, Any]
+SPLITS = ("test", "validation", "train")
+FEWEST = 8  # distinct values: the gold one, three wrong ones, and some that the evidence states
+
+
+@dataclass(frozen=True)
+class Fact:
+    """A value of one country in the newer edition, and the document that states it."""
+
+    country: Country
+    field: Field
+    value: str
+    page: Page
+    changed: bool  # the older edition has the fact with another value
+    same: bool  # the older edition has it with this value
+
+
+class Factbook(Config):
+    """The World Factbook in two dated editions below `path`; sizes count questions and rows."""
+
+    name: Literal["factbook"] = "factbook"
+    seed: StrictInt = 0
+    path: str
+    """folder with the editions: DATE.jsonl.gz, DATE.jsonl or DATE/<region>/<code>.json"""
+    older: str = "2021-01-01"
+    """edition that the base is pretrained on"""
+    newer: str = "2024-01-25"
+    """edition that the knowledge base holds"""
+    countries: StrictInt = Setting(default=160, ge=6)
+    """countries of the corpus and the questions: those with the most facts that changed"""
+    entry_words: StrictInt = Setting(default=60, ge=10)
+    """words kept of one entry of a document, cut at the end of a sentence"""
+    test_countries: StrictInt = Setting(default=50, ge=1)
+    validation_countries: StrictInt = Setting(default=20, ge=1)
+    test: StrictInt = Setting(default=1000, ge=1)
+    validation: StrictInt = Setting(default=250, ge=1)
+    train: StrictInt = Setting(default=8000, ge=1)
+    control: StrictInt = Setting(default=150, ge=0)
+    unseen: float = Setting(default=0.5, ge=0, le=1)
+    """share of test questions in wordings that training never uses"""
+    min_values: StrictInt = Setting(default=80, ge=4)
+    """countries that must have a short value of a field, for it to be asked about"""
+    min_distinct: float = Setting(default=0.35, ge=0, le=1)
+    """share of those values that must be distinct"""
+    neighbors: StrictInt = Setting(default=40, ge=3)
+    """wrong numbers are drawn from this many next smaller and next larger ones"""
+    pretrain_rows: StrictInt = Setting(default=30_000, ge=0)
+
+    def write(self, directory: Path) -> None:
+        """Write the world's four JSONL files into `directory`, which is made if missing.
+
+        Raises UserError for a missing folder or edition, or for editions that are too small.
+        """
+        assert self.split  # reads both editions: a user's mistake shows before a file is made
+        rows = {
+            "documents.jsonl": self.documents(),
+            "questions.jsonl": self.questions(),
+            "control.jsonl": self.control_questions(),
+            "pretrain.jsonl": self.pretrain(),
+        }
+        directory.mkdir(parents=True, exist_ok=True)
+        for name, stream in rows.items():
+            log.info("%s: %d rows", name, _write(directory / name, stream))
+
+    @cached_property
+    def old(self) -> dict[str, Country]:
+        """The countries of the older edition by code."""
+        return editions.read(Path(self.path), self.older)
+
+    @cached_property
+    def new(self) -> dict[str, Country]:
+        """The countries of the newer edition by code."""
+        return editions.read(Path(self.path), self.newer)
+
+    @cached_property
+    def pages(self) -> dict[str, list[Page]]:
+        """The newer edition's documents by country."""
+        pairs = {code: editions.pages(c, self.entry_words) for code, c in self.new.items()}
+        log.info("%d entries cut to %d words", sum(c for _, c in pairs.values()), self.entry_words)
+        return {code: found for code, (found, _) in pairs.items()}
+
+    @cached_property
+    def stated(self) -> dict[tuple[str, FactPath], Page]:
+        """Which document states a fact, by country code and path."""
+        every = ((code, page) for code, found in self.pages.items() for page in found)
+        return {(code, path): page for code, page in every for path in page.paths}
+
+    @cached_property
+    def facts(self) -> dict[Field, list[Fact]]:
+        """The facts of every field that enough countries have, with distinct enough values."""
+        found = {field: self._facts(field) for field in fields()}
+        good = {}
+        for field, facts in found.items():
+            distinct = len({key(fact.value) for fact in facts})
+            needed = max(FEWEST, self.min_distinct * len(facts))
+            if len(facts) >= self.min_values and distinct >= needed:
+                good[field] = facts
+            else:
+                log.info("not asked: %s (%d values, %d distinct)", field.name, len(facts), distinct)
+        if not good:
+            raise UserError(
+                f"no field of edition {self.newer!r} has min_values={self.min_values} short values"
+            )
+        return good
+
+    @cached_property
+    def corpus(self) -> list[str]:
+        """The codes of the countries that documents and questions are about."""
+        changes = Counter(
+            f.country.code for facts in self.facts.values() for f in facts if f.changed
+        )
+        return sorted(code for code, _ in changes.most_common(self.countries))
+
+    @cached_property
+    def split(self) -> dict[str, str]:
+        """The split of every country, by code; the base may practise on all of train."""
+        codes, needed = list(self.corpus), self.test_countries + self.validation_countries
+        if len(codes) <= needed:
+            raise UserError(
+                f"test_countries + validation_countries = {needed} leave none to train on: "
+                f"only {len(codes)} countries have facts that changed"
+            )
+        self._rng("split").shuffle(codes)
+        held = dict.fromkeys(codes[: self.test_countries], "test")
+        held |= dict.fromkeys(codes[self.test_countries : needed], "validation")
+        return {code: held.get(code, "train") for code in self.new}
+
+    def documents(self) -> Iterator[Row]:
+        """The corpus: the newer edition, titled by country, the field's name in the text."""
+        for code in self.corpus:
+            for page in self.pages[code]:
+                metadata = {"code": code}
+                yield {"id": page.id, "title": page.title, "text": page.text, "metadata": metadata}
+
+    def questions(self) -> Iterator[Row]:
+        """Questions of all splits; validation and test ask only for facts that changed."""
+        for split in SPLITS:
+            rng = self._rng(split)
+            for fact in self._sample(split, rng):
+                wording = "unseen" if split == "test" and rng.random() < self.unseen else "seen"
+                yield self._question(fact, split, wording, rng)
+
+    def control_questions(self) -> Iterator[Row]:
+        """Facts that stayed the same, of training countries: what the base knows by heart."""
+        rng = self._rng("control")
+        facts = [f for field in fields("control") for f in self._facts(field)]
+        known = [f for f in facts if f.same and self.split[f.country.code] == "train"]
+        pools = {field: self._facts(field) for field in fields("control")}
+        for fact in rng.sample(known, min(self.control, len(known))):
+            row = self._question(fact, "test", "seen", rng, pools[fact.field])
+            yield row | {"id": f"control/{row['id']}", "evidence": []}
+
+    def pretrain(self) -> Iterator[Row]:
+        """The base's training sequences, all of the older edition."""
+        kept = {code: editions.pages(c, self.entry_words)[0] for code, c in self.old.items()}
+        practised = {code for code in kept if self.split.get(code) == "train"}
+        return pretrain.rows(self.pretrain_rows, self.old, kept, practised, self._rng("pretrain"))
+
+    def _facts(self, field: Field) -> list[Fact]:
+        """A field's facts; those that the documents do not state in full are left out."""
+        found = []
+        for code, country in self.new.items():
+            value = field.answer(country.facts.get(field.path, ""))
+            page = self.stated.get((code, field.path))
+            if value and page and mentions(page.text, value):
+                before = self.old[code].facts.get(field.was, "") if code in self.old else ""
+                same = bool(before) and _states(before, value, field)
+                found.append(Fact(country, field, value, page, bool(before) and not same, same))
+        return found
+
+    def _sample(self, split: str, rng: random.Random) -> list[Fact]:
+        """As many facts as the split asks for, the fields taken in turn."""
+        stacks, codes = [], {code for code in self.corpus if self.split[code] == split}
+        for facts in self.facts.values():
+            kept = [f for f in facts if f.country.code in codes]
+            stacks.append([f for f in kept if f.changed or split == "train"])
+            rng.shuffle(stacks[-1])
+        rng.shuffle(stacks)
+        turns = [s[turn] for turn in range(max(map(len, stacks))) for s in stacks if turn < len(s)]
+        return turns[: getattr(self, split)]
+
+    def _question(
+        self,
+        fact: Fact,
+        split: str,
+        wording: str,
+        rng: random.Random,
+        pool: Sequence[Fact] | None = None,
+    ) -> Row:
+        wordings = fact.field.seen if wording == "seen" else fact.field.unseen
+        wrong = self._wrong(fact, self.facts[fact.field] if pool is None else pool, rng)
+        answer = rng.randrange(4)
+        entity = fact.country.name
+        return {
+            "id": f"{fact.country.code}/{'/'.join(fact.field.path[1:])}",
+            "question": rng.choice(wordings).replace("{country}", entity),
+            "choices": wrong[:answer] + [fact.value] + wrong[answer:],
+            "answer": answer,
+            "split": split,
+            "evidence": [fact.page.id],
+            "metadata": {"entity": entity, "relation": fact.field.name, "wording": wording},
+        }
+
+    def _wrong(self, fact: Fact, pool: Sequence[Fact], rng: random.Random) -> list[str]:
+        """Three values of other countries that the evidence does not state.
+
+        Numbers come from the gold value's neighborhood, its rank among the four drawn first:
+        neither its size nor a place in the middle gives it away.
+        """
+        gold = number(fact.value)
+        values = {key(f.value): f.value for f in pool if not mentions(fact.page.text, f.value)}
+        values.pop(key(fact.value), None)
+        others = sorted(values.values())
+        sizes = ((number(value), value) for value in others)
+        sized = sorted((size, value) for size, value in sizes if size is not None and size != gold)
+        if gold is None or len(sized) < 3:
+            return rng.sample(others, 3)
+        below = [value for size, value in sized if size < gold][-self.neighbors :]
+        above = [value for size, value in sized if size > gold][: self.neighbors]
+        smaller = min(max(rng.randrange(4), 3 - len(above)), len(below))
+        wrong = rng.sample(below, smaller) + rng.sample(above, 3 - smaller)
+        rng.shuffle(wrong)
+        return wrong
+
+    def _rng(self, purpose: str) -> random.Random:
+        return random.Random(f"factbook/{self.seed}/{purpose}")
+
+
+def _states(text: str, value: str, field: Field) -> bool:
+    """Whether the older text gives the value, as displayed or as the same number."""
+    if mentions(text, value):
+        return True
+    size = number(value)
+    return size is not None and size == number(field.answer(text))
+
+
+def _write(path: Path, rows: Iterable[Row]) -> int:
+    count = 0
+    with path.open("w", encoding="utf-8", newline="\n") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            count += 1
+    return count

@@ -1,0 +1,1 @@
+"""What the almanac's worlds are made of: names, values, relations and their phrasings."""

@@ -1,0 +1,204 @@
+"""Index backends against brute force, FAISS's edges, and generations against damage."""
+
+import secrets
+
+import numpy as np
+import pytest
+
+from rag2.artifact import ArtifactError, follow
+from rag2.index import base
+from rag2.index.exact import TorchExact
+from rag2.index.flat import Flat
+from rag2.index.generation import Generation
+from rag2.index.hnsw import HNSW
+from rag2.index.ivf import IVF
+from rag2.registry import UserError
+from rag2.types import Chunk
+
+BACKENDS = [Flat(), IVF(nlist=8, nprobe=3), HNSW(), TorchExact(device="cpu", block=37)]
+EXACT = [Flat(), TorchExact(device="cpu", block=37), IVF(nlist=8, nprobe=8)]
+backends = pytest.mark.parametrize("backend", BACKENDS, ids=lambda backend: backend.name)
+exact_backends = pytest.mark.parametrize("backend", EXACT, ids=lambda backend: backend.name)
+
+
+@pytest.fixture
+def rng():
+    seed = secrets.randbits(32)
+    print(f"seed {seed}")  # noqa: T201 (pytest shows it when the test fails)
+    return np.random.default_rng(seed)
+
+
+def unit(rng, rows, size):
+    vectors = rng.normal(size=(rows, size)).astype(np.float32)
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+def brute_force(embeddings, ids, queries, k):
+    scores = (queries.astype(np.float64) @ embeddings.astype(np.float64).T).astype(np.float32)
+    order = np.lexsort((np.broadcast_to(ids, scores.shape), -scores), axis=1)[:, :k]
+    return np.take_along_axis(scores, order, axis=1), ids[order]
+
+
+def generation_of(rng, backend=None, count=30, fingerprint="aa" * 32):
+    ids = np.sort(rng.choice(1000, count, replace=False))
+    chunks = [
+        Chunk(int(i), document=f"d{i}", text=f"text {i} é", title="t", start=3, end=9) for i in ids
+    ]
+    index = (backend or Flat()).build(unit(rng, count, 8), ids)
+    return Generation.of(
+        index, chunks, encoder_fingerprint=fingerprint, kb_version=4, kb_hash="bb", step=7
+    )
+
+
+@exact_backends
+def test_exact_backends_return_what_brute_force_returns(rng, backend):
+    for rows, size, k in [(1, 3, 1), (40, 8, 40), (300, 33, 7), (700, 64, 100)]:
+        embeddings, queries = unit(rng, rows, size), unit(rng, 25, size)
+        ids = rng.permutation(10 * rows)[:rows]
+        scores, found = backend.build(embeddings, ids).search(queries, k)
+        expected_scores, expected = brute_force(embeddings, ids, queries, k)
+        np.testing.assert_array_equal(found, expected)
+        np.testing.assert_allclose(scores, expected_scores, rtol=0, atol=1e-7)
+        assert scores.dtype == np.float32 and found.dtype == np.int64
+
+
+@exact_backends
+def test_equal_scores_are_ordered_by_the_smallest_id_even_across_the_cut(rng, backend):
+    # 20 distinct vectors, each stored 30 times: the cut at k falls into a run of equals.
+    embeddings = np.repeat(unit(rng, 20, 16), 30, axis=0)
+    ids = rng.permutation(5000)[:600]
+    queries = unit(rng, 23, 16)
+    queries[5] = 0  # everything ties
+    for k in (1, 10, 45, 600):
+        scores, found = backend.build(embeddings, ids).search(queries, k)
+        np.testing.assert_array_equal(found, brute_force(embeddings, ids, queries, k)[1])
+        np.testing.assert_array_equal(found[5], np.sort(ids)[:k])
+
+
+def test_near_ties_beyond_float32_matmul_accuracy_still_find_the_true_best(rng):
+    # All vectors in a narrow cone: scores differ by about one unit in the last place.
+    embeddings = unit(rng, 1, 64) + 1e-6 * rng.normal(size=(2000, 64)).astype(np.float32)
+    ids, queries = np.arange(2000), embeddings[:30] + np.float32(1e-6)
+    for backend in (Flat(), TorchExact(device="cpu", block=512)):
+        found = backend.build(embeddings, ids).search(queries, 5)[1]
+        np.testing.assert_array_equal(found, brute_force(embeddings, ids, queries, 5)[1])
+
+
+def test_scores_do_not_depend_on_the_backend_or_on_the_batch(rng):
+    embeddings, queries = unit(rng, 500, 48), unit(rng, 40, 48)
+    flat, torch_exact = (b.build(embeddings, np.arange(500)) for b in EXACT[:2])
+    together = flat.search(queries, 9)
+    alone = zip(*(flat.search(query[None], 9) for query in queries), strict=True)
+    for got in (torch_exact.search(queries, 9), [np.concatenate(part) for part in alone]):
+        np.testing.assert_array_equal(together[0], got[0])
+        np.testing.assert_array_equal(together[1], got[1])
+
+
+def test_hnsw_finds_95_percent_of_the_nearest_among_2000(rng):
+    embeddings, queries = unit(rng, 2000, 32), unit(rng, 100, 32)
+    found = HNSW(ef_construction=100).build(embeddings, np.arange(2000)).search(queries, 10)[1]
+    truth = brute_force(embeddings, np.arange(2000), queries, 10)[1]
+    recall = np.mean([len(set(a) & set(b)) / 10 for a, b in zip(found, truth, strict=True)])
+    assert recall >= 0.95
+
+
+def test_ivf_with_few_cells_searched_trades_recall_and_still_fills_every_list(rng):
+    embeddings, queries = unit(rng, 400, 32), unit(rng, 50, 32)
+    index = IVF(nlist=100, nprobe=1).build(embeddings, np.arange(400))
+    found = index.search(queries, 30)[1]  # a cell holds about 4
+    assert (found >= 0).all() and all(len(set(row)) == 30 for row in found)
+    truth = brute_force(embeddings, np.arange(400), queries, 1)[1]
+    assert (index.search(queries, 1)[1] == truth).mean() < 1
+
+
+@backends
+def test_corpora_of_one_to_five_chunks_work(rng, backend):
+    for rows in range(1, 6):
+        embeddings = unit(rng, rows, 4)
+        found = backend.build(embeddings, np.arange(rows) + 10).search(embeddings, rows)[1]
+        assert sorted(found[0]) == list(range(10, 10 + rows))
+
+
+@backends
+def test_a_saved_index_answers_as_before(rng, backend, tmp_path):
+    index = backend.build(unit(rng, 200, 16), rng.permutation(900)[:200])
+    index.save(tmp_path)
+    again = base.load(tmp_path)
+    queries = unit(rng, 20, 16)
+    for a, b in zip(index.search(queries, 12), again.search(queries, 12), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert len(again) == 200 and again.backend == backend
+
+
+@backends
+def test_vectors_and_queries_that_are_not_finite_are_refused_by_row(rng, backend):
+    for poison in (np.nan, np.inf, -np.inf, 1e300):
+        embeddings = unit(rng, 20, 8).astype(np.float64)
+        embeddings[13, 2] = poison
+        with np.errstate(over="ignore"):
+            with pytest.raises(ValueError, match="embedding 13 is not finite"):
+                backend.build(embeddings, np.arange(20))
+            index = backend.build(unit(rng, 20, 8), np.arange(20))
+            with pytest.raises(ValueError, match="query 13 is not finite"):
+                index.search(embeddings, 3)
+
+
+@backends
+def test_bad_ids_and_sizes_are_refused_in_one_line(rng, backend):
+    vectors = unit(rng, 3, 4)
+    for ids, message in [
+        ([5, 7, 5], "5 occurs more"),
+        ([1, -1, 2], "-1 is neg"),
+        ([1, 2], "but 2"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            backend.build(vectors, np.array(ids))
+    with pytest.raises(UserError, match="no chunks"):
+        backend.build(vectors[:0], np.array([], dtype=np.int64))
+    index = backend.build(vectors, np.arange(3))
+    for k in (0, -1, 4, 2**31):
+        with pytest.raises(UserError, match=f"k={k} is not between 1 and the 3 chunks"):
+            index.search(vectors, k)
+    with pytest.raises(ValueError, match="queries have 5 dimensions"):
+        index.search(unit(rng, 2, 5), 1)
+    assert index.search(vectors[:0], 2)[1].shape == (0, 2)
+
+
+def test_a_generation_returns_from_disk_with_its_texts_and_its_pointer(rng, tmp_path):
+    generation = generation_of(rng)
+    generation.save(tmp_path / "000003", pointer=tmp_path / "current")
+    again = Generation.load(follow(tmp_path / "current"), encoder_fingerprint="aa" * 32)
+    assert (again.kb_version, again.kb_hash, again.step, len(again)) == (4, "bb", 7, 30)
+    for chunk_id in again.ids_N:
+        assert again.chunk(chunk_id) == generation.chunk(chunk_id)
+        assert again.chunk(chunk_id).text == f"text {chunk_id} é"
+    with pytest.raises(KeyError, match="chunk 1001 is not in this generation"):
+        again.chunk(1001)
+    with pytest.raises(ArtifactError, match="exists"):
+        generation.save(tmp_path / "000003")
+
+
+@backends
+def test_a_changed_byte_in_any_file_of_a_generation_is_refused(rng, backend, tmp_path):
+    generation_of(rng, backend).save(tmp_path / "g")
+    for path in sorted((tmp_path / "g").iterdir()):
+        whole = path.read_bytes()
+        place = int(rng.integers(len(whole)))
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with pytest.raises(ArtifactError):
+            Generation.load(tmp_path / "g")
+        path.write_bytes(whole)
+    Generation.load(tmp_path / "g")
+
+
+def test_a_generation_of_another_encoder_is_refused(rng, tmp_path):
+    generation_of(rng, fingerprint="aa" * 32).save(tmp_path / "g")
+    with pytest.raises(UserError, match="was embedded by encoder aaaaaaaaaaaa, not cccccccccccc"):
+        Generation.load(tmp_path / "g", encoder_fingerprint="cc" * 32)
+
+
+def test_a_generation_of_other_chunks_than_its_index_is_refused(rng):
+    index = Flat().build(unit(rng, 3, 4), np.array([1, 2, 3]))
+    for ids in ([1, 2], [1, 2, 4], [1, 3, 2]):
+        with pytest.raises(UserError, match="not those of its index"):
+            Generation.of(index, [Chunk(i, "d", "t") for i in ids], encoder_fingerprint="")

@@ -1,0 +1,94 @@
+"""Classic fine-tuning: a base model + the corpus as text, or + questions -> knowledge in weights.
+
+    rag2 train finetune -c configs/demo/finetune.yaml out=runs/ft
+    rag2 train finetune -c configs/demo/finetune.yaml tuning.name=lora steps=20 out=runs/lora
+    rag2 train finetune -c configs/demo/finetune.yaml objective.name=supervised out=runs/sft
+"""
+
+import json
+from pathlib import Path
+
+from pydantic import Field
+
+from rag2 import config, pipeline
+from rag2.evaluation.questions import load_questions, split
+from rag2.generator.load import Generator
+from rag2.kb.store import KnowledgeBase
+from rag2.training import checkpoint, optim
+from rag2.training.choices import Objective, Tuning
+from rag2.training.log import Clock, progress
+from rag2.training.objectives import Unsupervised
+from rag2.training.run import Run
+from rag2.tuning.full import Full
+
+
+class FinetuneConfig(pipeline.Inputs):
+    """Unsupervised or supervised fine-tuning of the generator."""
+
+    out: str = "runs/ft"
+    seed: int = 0
+    generator: str | None = None
+    paraphrases: str | None = None
+    """JSONL of rewordings of the documents, trained on beside them (unsupervised)"""
+    objective: Objective = Unsupervised()
+    tuning: Tuning = Full()
+    steps: int = Field(100, ge=0)
+    batch_size: int = Field(16, ge=1)
+    lr: float = Field(5e-4, gt=0)
+    betas: tuple[float, float] = (0.9, 0.98)
+    weight_decay: float = Field(0.01, ge=0)
+    max_norm: float = Field(1.0, gt=0)
+    schedule: optim.Schedule = optim.Schedule(warmup=10)
+    checkpoint_every: int = Field(500, ge=1)
+    resume: bool = False
+
+
+def main(cfg: FinetuneConfig) -> dict[str, float]:
+    """Fine-tune the generator; returns the last loss in nats per token."""
+    cfg = pipeline.resolve(cfg)
+    assert cfg.generator
+    checkpoint.seed_everything(cfg.seed)
+    generator = Generator.load(cfg.generator)
+    generator = Generator(cfg.tuning.apply(generator.model), generator.tokenizer)
+    generator.model.train()
+    batch_loss = cfg.objective.prepare(read_data(cfg), generator, cfg.batch_size, cfg.seed)
+    weights = optim.trainable([generator.model])
+    optimizer = optim.adamw({"generator": (weights, cfg.lr)}, cfg.weight_decay, cfg.betas)
+    run = Run(cfg, {"generator": generator.model}, optimizer)
+    loss, clock = float("nan"), Clock()
+    with progress("finetune", cfg.steps, run.start) as advance:
+        for step in range(run.start, cfg.steps):
+            optimizer.zero_grad(set_to_none=True)
+            nll = batch_loss(step)
+            nll.backward()
+            loss = float(nll.detach())
+            norm = optim.clip(weights, loss, cfg.max_norm, step)
+            lr = optim.set_lr(optimizer, cfg.schedule.factor(step, cfg.steps))["generator"]
+            optimizer.step()
+            run.log.write(step=step, loss=loss, grad_norm=norm, lr=lr, seconds=clock.lap())
+            advance(1, loss=loss)
+            if (step + 1) % cfg.checkpoint_every == 0:
+                run.checkpoint(step + 1)
+    generator.model.eval()
+    run.finish(generator=generator, trained_parameters=sum(p.numel() for p in weights))
+    return {"loss": loss}
+
+
+def read_data(cfg: FinetuneConfig) -> list:
+    """What the objective trains on: passages of the knowledge base, or training questions."""
+    if cfg.objective.needs == "questions":
+        assert cfg.questions
+        return split(load_questions(cfg.questions), "train")
+    assert cfg.kb
+    with KnowledgeBase(Path(cfg.kb)) as kb:
+        texts = [chunk.passage for chunk in kb.chunks()]
+    if cfg.paraphrases:
+        for line in Path(cfg.paraphrases).read_text(encoding="utf-8").split("\n"):
+            if line:
+                row = json.loads(line)
+                texts.append(f"{row['title']}\n{row['text']}")
+    return texts
+
+
+if __name__ == "__main__":
+    config.run(main, FinetuneConfig)

@@ -1,0 +1,166 @@
+"""Joint training: questions + a live corpus -> retriever and generator that know each other.
+
+    rag2 train joint -c configs/demo/joint.yaml out=runs/a steps=60 refresh.every=15
+    torchrun --nproc-per-node 2 train/joint.py -c configs/demo/joint.yaml
+
+Minimises -log sum_k p(z_k|x) p(y|x,z_k) (Lewis et al. 2020, eq. 1; Guu et al. 2020) over K chunks
+that a stale index, BM25 and chance propose and that today's encoder scores.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from rag2 import config, pipeline
+from rag2.evaluation.questions import load_questions, split
+from rag2.generator.load import Generator
+from rag2.generator.prompt import Prompt
+from rag2.index.flat import Flat
+from rag2.kb.store import KnowledgeBase
+from rag2.losses.marginal import Marginal
+from rag2.rag import Rag
+from rag2.reindex import LiveIndex, Reindexer, SyncRefresh
+from rag2.retriever.embed import embed_corpus
+from rag2.retriever.encoder import DualEncoder
+from rag2.training import batches, checkpoint, distributed, optim
+from rag2.training.candidates import Candidates, Proposals
+from rag2.training.choices import Index, Loss, Refresh, Step, Tuning
+from rag2.training.log import Clock, progress
+from rag2.training.run import Run
+from rag2.training.step import TwoPass
+from rag2.tuning.full import Full
+
+
+class JointConfig(pipeline.Inputs):
+    """Joint training of retriever and generator."""
+
+    out: str = "runs/joint"
+    seed: int = 0
+    generator: str | None = None
+    retriever: str | None = None
+    train: list[Literal["retriever", "generator"]] = ["retriever", "generator"]
+    """the halves that learn; the other stays as it is"""
+    steps: int = Field(300, ge=0)
+    batch_size: int = Field(24, ge=1)
+    candidates: Candidates = Candidates()
+    loss: Loss = Marginal()
+    step: Step = TwoPass()
+    tuning: Tuning = Full()
+    index: Index = Flat()
+    refresh: Refresh = SyncRefresh()
+    prompt: Prompt = Prompt()
+    lr_retriever: float = Field(6e-4, ge=0)
+    lr_generator: float = Field(1e-4, ge=0)
+    betas: tuple[float, float] = (0.9, 0.98)
+    weight_decay: float = Field(0.01, ge=0)
+    max_norm: float = Field(1.0, gt=0)
+    schedule: optim.Schedule = optim.Schedule()
+    checkpoint_every: int = Field(100, ge=1)
+    resume: bool = False
+
+
+def main(cfg: JointConfig) -> dict[str, float]:
+    """Train both halves; returns the last step's loss in nats per question."""
+    cfg = pipeline.resolve(cfg)
+    assert cfg.kb and cfg.questions and cfg.generator and cfg.retriever
+    distributed.start()
+    checkpoint.seed_everything(cfg.seed)
+    with KnowledgeBase(Path(cfg.kb)) as kb:
+        chunks, kb_version, kb_hash = kb.chunks(), kb.version, kb.content_hash()
+    questions = split(load_questions(cfg.questions), "train")
+    propose = Proposals(cfg.candidates, chunks, questions, cfg.seed)
+    rag, halves = load(cfg)
+    weights = [p for parameters, _ in halves.values() for p in parameters]
+    optimizer = optim.adamw(halves, cfg.weight_decay, cfg.betas)
+    run = Run(cfg, {"retriever": rag.retriever, "generator": rag.generator}, optimizer)
+    generations = run.out / "generations"
+    reindexer = Reindexer(generations, chunks, rag.retriever, cfg.index, kb_version, kb_hash)
+    number = run.extra.get("generation")
+    first = reindexer.build(0) if number is None else reindexer.load(number)
+    index = LiveIndex(first, reindexer.build, cfg.refresh)
+
+    loss, clock = float("nan"), Clock()
+    with progress("joint", cfg.steps, run.start) as advance:
+        for step in range(run.start, cfg.steps):
+            rows_B = batches.sample(len(questions), cfg.batch_size, cfg.seed, step)
+            rows_B = rows_B[distributed.rank() :: distributed.world()]
+            asked = [questions[row].question for row in rows_B]
+            answers = [questions[row].gold for row in rows_B]
+
+            # A stale index, words and chance propose; the loss scores with today's weights.
+            queries_BD = embed_corpus(rag.retriever, asked, side="question")
+            chunks_BK = propose(rows_B, index.search(queries_BD, cfg.candidates.dense), step)
+            optimizer.zero_grad(set_to_none=True)
+            result = cfg.step(rag, cfg.loss, asked, answers, chunks_BK)
+
+            distributed.average_gradients(weights)
+            loss = float(result.loss_B.mean())
+            norm = optim.clip(weights, loss, cfg.max_norm, step)
+            lr = optim.set_lr(optimizer, cfg.schedule.factor(step, cfg.steps))
+            optimizer.step()
+
+            age_steps, age_seconds = index.age(step)
+            run.log.write(
+                step=step,
+                loss=loss,
+                grad_norm=norm,
+                lr_retriever=lr.get("retriever", 0.0),
+                lr_generator=lr.get("generator", 0.0),
+                generation=reindexer.number,
+                index_age_steps=age_steps,
+                index_age_seconds=age_seconds,
+                effective_chunks=float((1 / result.posterior_BK.square().sum(-1)).mean()),
+                kept_prompts=result.kept,
+                retrieved_digest=digest([[chunk.id for chunk in row] for row in chunks_BK]),
+                seconds=clock.lap(),
+            )
+            advance(1, loss=loss)
+            index.refresh(step)
+            index.poll()
+            if (step + 1) % cfg.checkpoint_every == 0:
+                run.checkpoint(step + 1, generation=reindexer.number)
+                reindexer.prune([extra["generation"] for extra in checkpoint.retained(run.out)])
+    finish(cfg, run, rag, weights)
+    return {"loss": loss}
+
+
+def load(cfg: JointConfig) -> tuple[Rag, dict[str, Any]]:
+    """Both halves, frozen where cfg.train says so, and the optimizer's groups."""
+    assert cfg.generator and cfg.retriever
+    retriever, generator = DualEncoder.load(cfg.retriever), Generator.load(cfg.generator)
+    if "retriever" not in cfg.train:
+        retriever.requires_grad_(False)
+    if "generator" in cfg.train:
+        generator = Generator(cfg.tuning.apply(generator.model), generator.tokenizer)
+    else:
+        generator.model.requires_grad_(False)
+    rag = Rag(retriever, generator, cfg.prompt)
+    rag.train()
+    halves = {
+        "retriever": (optim.trainable([rag.retriever]), cfg.lr_retriever),
+        "generator": (optim.trainable([rag.generator]), cfg.lr_generator),
+    }
+    return rag, halves
+
+
+def finish(cfg: JointConfig, run: Run, rag: Rag, weights: list[Any]) -> None:
+    """Commit final/: both halves, the prompt and how many weights were trained."""
+    rag.eval()
+    run.finish(
+        generator=Generator(rag.generator, rag.tokenizer),
+        retriever=rag.retriever,
+        prompt=cfg.prompt,
+        trained_parameters=sum(p.numel() for p in weights),
+    )
+
+
+def digest(ids_BK: list[list[int]]) -> str:
+    """SHA-256 of the retrieved chunk ids in order."""
+    return hashlib.sha256(json.dumps(ids_BK).encode()).hexdigest()
+
+
+if __name__ == "__main__":
+    config.run(main, JointConfig)

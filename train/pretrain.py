@@ -1,0 +1,101 @@
+"""Pretraining: reading rows -> a small causal LM from scratch, its tokenizer included.
+
+    rag2 train pretrain -c configs/demo/pretrain.yaml out=runs/base
+
+The corpus holds rows {"title", "text", "qa": [[question, answer], ...]}: a passage with questions
+on it (reading), questions alone (closed book) or plain text. Answers weigh 1 in the loss, the text
+around them `text_weight`, so that a small model spends its capacity on reading.
+"""
+
+from pathlib import Path
+
+from pydantic import Field
+from transformers import AutoTokenizer
+
+from rag2 import config, pipeline
+from rag2.generator.bpe import train_bpe
+from rag2.generator.load import build_llama
+from rag2.generator.logprob import sequence_nll
+from rag2.generator.prompt import Prompt
+from rag2.training import batches, checkpoint, optim
+from rag2.training.log import Clock, progress
+from rag2.training.run import Run
+from rag2.training.sequences import collate, read_rows, reading, weigh
+
+
+class Network(config.Config):
+    """Shape of the Llama that is trained from scratch."""
+
+    hidden: int = Field(192, ge=8)
+    layers: int = Field(2, ge=1)
+    heads: int = Field(4, ge=1)
+    intermediate: int = Field(512, ge=8)
+    max_positions: int = Field(512, ge=16)
+
+
+class PretrainConfig(pipeline.Inputs):
+    """Pretraining of a small base model."""
+
+    out: str = "runs/base"
+    seed: int = 0
+    corpus: str | None = None
+    """JSONL of reading rows"""
+    tokenizer: str | None = None
+    """directory of a tokenizer; null: one is trained on the corpus"""
+    network: Network = Network()
+    prompt: Prompt = Prompt()
+    text_weight: float = Field(0.1, ge=0)
+    steps: int = Field(700, ge=0)
+    batch_size: int = Field(24, ge=1)
+    lr: float = Field(4e-3, gt=0)
+    betas: tuple[float, float] = (0.9, 0.98)
+    weight_decay: float = Field(0.01, ge=0)
+    max_norm: float = Field(1.0, gt=0)
+    schedule: optim.Schedule = optim.Schedule()
+    checkpoint_every: int = Field(500, ge=1)
+    resume: bool = False
+
+
+def main(cfg: PretrainConfig) -> dict[str, float]:
+    """Train the base model; returns the last loss in nats per weighted token."""
+    cfg = pipeline.resolve(cfg)
+    assert cfg.corpus is not None
+    checkpoint.seed_everything(cfg.seed)
+    rows = read_rows(Path(cfg.corpus))
+    if cfg.tokenizer:
+        tokenizer = AutoTokenizer.from_pretrained(cfg.tokenizer)
+    else:
+        texts = (f"{r['title']}\n{r['text']}\n" + "\n".join(map(" ".join, r["qa"])) for r in rows)
+        tokenizer = train_bpe(texts, cfg.vocabulary)
+    data = [weigh(*reading(row, cfg.prompt, tokenizer), tokenizer, cfg.text_weight) for row in rows]
+    lengths = [len(sequence.ids_L) for sequence in data]
+
+    base = build_llama(tokenizer, **cfg.network.model_dump())
+    base.model.train()
+    weights = optim.trainable([base.model])
+    optimizer = optim.adamw({"generator": (weights, cfg.lr)}, cfg.weight_decay, cfg.betas)
+    run = Run(cfg, {"generator": base.model}, optimizer)
+    loss = float("nan")
+    with progress("pretrain", cfg.steps, run.start) as advance:
+        clock = Clock()
+        for step in range(run.start, cfg.steps):
+            picked = batches.bucketed(lengths, cfg.batch_size, cfg.seed, step)
+            ids_BL, weights_BL = collate([data[row] for row in picked])
+            nll = sequence_nll(base.model, ids_BL, weights_BL)
+            optimizer.zero_grad(set_to_none=True)
+            nll.backward()
+            loss = float(nll.detach())
+            norm = optim.clip(weights, loss, cfg.max_norm, step)
+            lr = optim.set_lr(optimizer, cfg.schedule.factor(step, cfg.steps))["generator"]
+            optimizer.step()
+            run.log.write(step=step, loss=loss, grad_norm=norm, lr=lr, seconds=clock.lap())
+            advance(1, loss=loss)
+            if (step + 1) % cfg.checkpoint_every == 0:
+                run.checkpoint(step + 1)
+    base.model.eval()
+    run.finish(generator=base, trained_parameters=sum(p.numel() for p in weights))
+    return {"loss": loss}
+
+
+if __name__ == "__main__":
+    config.run(main, PretrainConfig)

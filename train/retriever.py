@@ -1,0 +1,155 @@
+"""Warm start: the corpus alone -> an encoder whose neighbours are about the same thing.
+
+    rag2 train retriever -c configs/demo/retriever.yaml out=runs/retriever
+
+Unsupervised contrastive training (InfoNCE, van den Oord et al. 2018; independent cropping as in
+Contriever, Izacard et al. 2022): the query is a span of words from a chunk, the positive is that
+chunk, or another one under the same title. It goes on until recall@5 on validation questions stops
+rising; the questions decide when to stop and nothing else.
+"""
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from pydantic import Field
+from transformers import AutoTokenizer
+
+from rag2 import config, pipeline
+from rag2.evaluation.questions import load_questions, split
+from rag2.index.flat import Flat
+from rag2.kb.store import KnowledgeBase
+from rag2.losses.contrastive import info_nce, same_group
+from rag2.retrieval import gold_chunks, recall
+from rag2.retriever.embed import embed_corpus
+from rag2.retriever.encoder import DualEncoder, EncoderConfig
+from rag2.training import batches, checkpoint, optim
+from rag2.training.log import Clock, progress
+from rag2.training.run import Run
+from rag2.types import Chunk, Question
+
+
+class RetrieverConfig(pipeline.Inputs):
+    """Contrastive warm start of the dual encoder."""
+
+    out: str = "runs/retriever"
+    seed: int = 0
+    tokenizer: str | None = None
+    """tokenizer of an encoder from scratch; a pretrained encoder brings its own"""
+    encoder: EncoderConfig = EncoderConfig()
+    siblings: float = Field(0.5, ge=0, le=1)
+    """share of queries whose positive is another chunk under the same title"""
+    words: tuple[int, int] = (4, 12)
+    """fewest and most words of a query span"""
+    steps: int = Field(1000, ge=0)
+    """the most steps; validation stops earlier"""
+    batch_size: int = Field(64, ge=2)
+    lr: float = Field(1e-3, gt=0)
+    betas: tuple[float, float] = (0.9, 0.98)
+    weight_decay: float = Field(0.01, ge=0)
+    max_norm: float = Field(1.0, gt=0)
+    schedule: optim.Schedule = optim.Schedule(decay="constant")
+    validate_every: int = Field(50, ge=1)
+    patience: int = Field(4, ge=1)
+    """validations without a better recall@5 before it stops"""
+    checkpoint_every: int = Field(500, ge=1)
+    resume: bool = False
+
+
+class Pairs:
+    """(query, positive chunk) views of a corpus, as a function of (seed, step)."""
+
+    def __init__(self, chunks: Sequence[Chunk], cfg: RetrieverConfig) -> None:
+        self.chunks, self.cfg = chunks, cfg
+        groups: dict[str, list[int]] = {}
+        for row, chunk in enumerate(chunks):
+            groups.setdefault(chunk.title or chunk.document, []).append(row)
+        self.members = list(groups.values())
+        self.group = np.empty(len(chunks), dtype=np.int64)
+        for number, rows in enumerate(self.members):
+            self.group[rows] = number
+
+    def batch(self, step: int) -> tuple[list[str], list[str], torch.Tensor]:
+        """Queries, positive passages and the group of each: groups are not each other's negatives."""
+        rng = batches.generator(self.cfg.seed, step, 7)
+        rows = batches.sample(len(self.chunks), self.cfg.batch_size, self.cfg.seed, step)
+        queries, passages = [], []
+        for row in rows:
+            others = [r for r in self.members[self.group[row]] if r != row]
+            positive = row
+            if others and rng.random() < self.cfg.siblings:
+                positive = others[rng.integers(len(others))]
+            queries.append(self._span(self.chunks[row], rng))
+            passages.append(self.chunks[positive].passage)
+        return queries, passages, torch.from_numpy(self.group[rows])
+
+    def _span(self, chunk: Chunk, rng: np.random.Generator) -> str:
+        """Consecutive words of the text, behind the title: what a question looks like."""
+        words = chunk.text.split()
+        length = min(len(words), int(rng.integers(self.cfg.words[0], self.cfg.words[1] + 1)))
+        start = int(rng.integers(len(words) - length + 1))
+        return " ".join([chunk.title, *words[start : start + length]]).strip()
+
+
+def recall_at_5(
+    encoder: DualEncoder, chunks: Sequence[Chunk], questions: Sequence[Question]
+) -> float:
+    """Share of questions with a gold chunk among the five nearest."""
+    ids = np.array([chunk.id for chunk in chunks])
+    index = Flat().build(embed_corpus(encoder, [chunk.passage for chunk in chunks]), ids)
+    queries = embed_corpus(encoder, [q.question for q in questions], side="question")
+    gold = gold_chunks(questions, chunks)
+    _, found = index.search(queries, min(5, len(chunks)))
+    return float(recall(found, [gold[q.id] for q in questions], 5).mean())
+
+
+def main(cfg: RetrieverConfig) -> dict[str, float]:
+    """Train the encoder; returns the best validation recall@5."""
+    cfg = pipeline.resolve(cfg)
+    assert cfg.kb and cfg.questions
+    checkpoint.seed_everything(cfg.seed)
+    with KnowledgeBase(Path(cfg.kb)) as kb:
+        chunks = kb.chunks()
+    validation = split(load_questions(cfg.questions), "validation")
+    tokenizer = AutoTokenizer.from_pretrained(cfg.tokenizer) if cfg.tokenizer else None
+    encoder = DualEncoder.build(cfg.encoder, tokenizer)
+    pairs = Pairs(chunks, cfg)
+    weights = optim.trainable([encoder])
+    optimizer = optim.adamw({"retriever": (weights, cfg.lr)}, cfg.weight_decay, cfg.betas)
+    run = Run(cfg, {"retriever": encoder}, optimizer)
+    best, best_state, waited = -1.0, copy.deepcopy(encoder.state_dict()), 0
+    with progress("retriever", cfg.steps, run.start) as advance:
+        clock = Clock()
+        for step in range(run.start, cfg.steps):
+            queries, passages, group_B = pairs.batch(step)
+            queries_BD, chunks_BD, scale = encoder(queries, passages)
+            positive_B = torch.arange(len(queries))
+            loss = info_nce(
+                queries_BD, chunks_BD, positive_B, scale, same_group(group_B, group_B), True
+            )
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            norm = optim.clip(weights, float(loss.detach()), cfg.max_norm, step)
+            lr = optim.set_lr(optimizer, cfg.schedule.factor(step, cfg.steps))["retriever"]
+            optimizer.step()
+            line = {"step": step, "loss": float(loss.detach()), "grad_norm": norm, "lr": lr}
+            if (step + 1) % cfg.validate_every == 0:
+                line["recall"] = recall_at_5(encoder, chunks, validation)
+                waited += 1
+                if line["recall"] > best:
+                    best, best_state, waited = (
+                        line["recall"], copy.deepcopy(encoder.state_dict()), 0
+                    )  # fmt: skip
+            run.log.write(**line, seconds=clock.lap())
+            advance(1, loss=line["loss"], recall=best)
+            if waited >= cfg.patience:
+                break
+    encoder.load_state_dict(best_state)
+    run.finish(retriever=encoder, recall_at_5=best, trained_parameters=sum(p.numel() for p in weights))
+    return {"recall_at_5": best}
+
+
+if __name__ == "__main__":
+    config.run(main, RetrieverConfig)

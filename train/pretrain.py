@@ -20,7 +20,7 @@ from rag2.generator.prompt import Prompt
 from rag2.training import batches, checkpoint, optim
 from rag2.training.log import Clock, progress
 from rag2.training.run import Run
-from rag2.training.sequences import collate, read_rows, reading, weigh
+from rag2.training.sequences import collate, plain, read_rows, reading, weigh
 
 
 class Network(config.Config):
@@ -65,8 +65,7 @@ def main(cfg: PretrainConfig) -> dict[str, float]:
     if cfg.tokenizer:
         tokenizer = AutoTokenizer.from_pretrained(cfg.tokenizer)
     else:
-        texts = (f"{r['title']}\n{r['text']}\n" + "\n".join(map(" ".join, r["qa"])) for r in rows)
-        tokenizer = train_bpe(texts, cfg.vocabulary)
+        tokenizer = train_bpe(map(plain, rows), cfg.vocabulary)
     data = [weigh(*reading(row, cfg.prompt, tokenizer), tokenizer, cfg.text_weight) for row in rows]
     lengths = [len(sequence.ids_L) for sequence in data]
 

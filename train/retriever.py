@@ -86,11 +86,13 @@ class Pairs:
         return queries, passages, torch.from_numpy(self.group[rows])
 
     def _span(self, chunk: Chunk, rng: np.random.Generator) -> str:
-        """Consecutive words of the text, behind the title: what a question looks like."""
+        """Consecutive words of the text with the title somewhere among them, as in a question."""
         words = chunk.text.split()
         length = min(len(words), int(rng.integers(self.cfg.words[0], self.cfg.words[1] + 1)))
         start = int(rng.integers(len(words) - length + 1))
-        return " ".join([chunk.title, *words[start : start + length]]).strip()
+        span = words[start : start + length]
+        span.insert(int(rng.integers(length + 1)), chunk.title)
+        return " ".join(span).strip()
 
 
 def recall_at_5(
@@ -118,8 +120,9 @@ def main(cfg: RetrieverConfig) -> dict[str, float]:
     pairs = Pairs(chunks, cfg)
     weights = optim.trainable([encoder])
     optimizer = optim.adamw({"retriever": (weights, cfg.lr)}, cfg.weight_decay, cfg.betas)
-    run = Run(cfg, {"retriever": encoder}, optimizer)
-    best, best_state, waited = -1.0, copy.deepcopy(encoder.state_dict()), 0
+    best = copy.deepcopy(encoder)  # a module, so that checkpoints hold it too
+    run = Run(cfg, {"retriever": encoder, "best": best}, optimizer)
+    top, waited = run.extra.get("top", -1.0), run.extra.get("waited", 0)
     with progress("retriever", cfg.steps, run.start) as advance:
         clock = Clock()
         for step in range(run.start, cfg.steps):
@@ -138,17 +141,18 @@ def main(cfg: RetrieverConfig) -> dict[str, float]:
             if (step + 1) % cfg.validate_every == 0:
                 line["recall"] = recall_at_5(encoder, chunks, validation)
                 waited += 1
-                if line["recall"] > best:
-                    best, best_state, waited = (
-                        line["recall"], copy.deepcopy(encoder.state_dict()), 0
-                    )  # fmt: skip
+                if line["recall"] > top:
+                    top, waited = line["recall"], 0
+                    best.load_state_dict(encoder.state_dict())
             run.log.write(**line, seconds=clock.lap())
-            advance(1, loss=line["loss"], recall=best)
+            advance(1, loss=line["loss"], recall=top)
+            if (step + 1) % cfg.checkpoint_every == 0:
+                run.checkpoint(step + 1, top=top, waited=waited)
             if waited >= cfg.patience:
                 break
-    encoder.load_state_dict(best_state)
-    run.finish(retriever=encoder, recall_at_5=best, trained_parameters=sum(p.numel() for p in weights))
-    return {"recall_at_5": best}
+    trained = sum(p.numel() for p in weights)
+    run.finish(retriever=best.eval(), recall_at_5=top, trained_parameters=trained)
+    return {"recall_at_5": top}
 
 
 if __name__ == "__main__":

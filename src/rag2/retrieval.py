@@ -9,7 +9,7 @@ from rag2.index.generation import Generation
 from rag2.kb.lexical import BM25
 from rag2.registry import UserError
 from rag2.retriever.encoder import DualEncoder
-from rag2.retriever.embed import embed_questions
+from rag2.retriever.embed import embed_corpus
 from rag2.types import Chunk, Question
 
 
@@ -29,7 +29,7 @@ class Dense:
 
     def search(self, questions: Sequence[Question], k: int) -> tuple[np.ndarray, np.ndarray]:
         """As Retriever.search."""
-        queries_QD = embed_questions(self.encoder, [q.question for q in questions])
+        queries_QD = embed_corpus(self.encoder, [q.question for q in questions], side="question")
         scores_QK, ids_QK = self.generation.index.search(queries_QD, k)
         return scores_QK * float(self.encoder.scale.detach()), ids_QK
 

@@ -51,6 +51,12 @@ def arm(name: str) -> Arm:
     return ARMS[name]
 
 
+def stages(arm: Arm) -> set[str]:
+    """The stages of a job that make the arm's parts."""
+    trained = {"warm": "retriever", "joint": "joint"}.get(arm.retriever or "")
+    return {"data", arm.generator, *([trained] if trained else [])}
+
+
 @dataclass
 class Reader:
     """A generator that scores choices, and remembers: arms that share it share its work."""

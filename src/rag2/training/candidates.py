@@ -1,4 +1,4 @@
-"""Which chunks a training question is scored against: from the index, by words, by chance."""
+"""Which chunks a training question is scored against: by the index, by words, by chance."""
 
 from collections.abc import Sequence
 
@@ -19,19 +19,22 @@ class Candidates(Config):
     """from the index, however stale"""
     bm25: int = Field(3, ge=0)
     """by words: a chunk the index has lost (p = 0) gets no gradient; here it comes back"""
+    answer: int = Field(0, ge=0)
+    """by the words of question and known answer together: distant supervision in the manner of DPR
+    (Karpukhin et al. 2020, section 4.2), for questions whose own words do not find their chunk"""
     random: int = Field(1, ge=0)
     """by chance: a softmax over only the best K is too sure of itself"""
 
     @property
     def k(self) -> int:
         """Chunks per question."""
-        return self.dense + self.bm25 + self.random
+        return self.dense + self.bm25 + self.answer + self.random
 
 
 class Proposals:
-    """Candidate chunks of a batch: dense, then BM25, then random, K different ones a question.
+    """Candidate chunks of a batch, source by source, K different ones a question.
 
-    The BM25 rows depend on the questions and the corpus alone, so they are computed once.
+    What BM25 finds depends on the questions and the corpus alone, so it is computed once.
     """
 
     def __init__(
@@ -43,11 +46,14 @@ class Proposals:
         self.cfg, self.seed = cfg, seed
         self.by_id = {chunk.id: chunk for chunk in chunks}
         self.ids_N = np.array(list(self.by_id))
-        self.bm25_QM = np.zeros((len(questions), 0), dtype=np.int64)
-        if cfg.bm25:
-            # Deep enough that cfg.bm25 are left when the dense index has found the first ones too.
-            depth = min(cfg.dense + cfg.bm25, len(chunks))
-            _, self.bm25_QM = BM25(chunks).search([q.question for q in questions], depth)
+        # Deep enough that each source has its share left when those before it found the same.
+        depth = min(cfg.k - cfg.random, len(chunks))
+        sources = [(cfg.bm25, [q.question for q in questions])]
+        sources += [(cfg.answer, [f"{q.question} {q.gold}" for q in questions])]
+        bm25 = BM25(chunks) if any(count for count, _ in sources) else None
+        self.lexical = [
+            (count, bm25.search(texts, depth)[1]) for count, texts in sources if bm25 and count
+        ]
 
     def __call__(self, rows_B: np.ndarray, dense_BK: np.ndarray, step: int) -> list[list[Chunk]]:
         """Chunks_BK for the questions in rows_B, given what the index found for them."""
@@ -55,8 +61,9 @@ class Proposals:
         for row, dense in zip(rows_B, dense_BK, strict=True):
             rng = batches.generator(self.seed, step, int(row))
             picked = dict.fromkeys(dense.tolist())
-            fresh = [i for i in self.bm25_QM[row].tolist() if i not in picked]
-            picked.update(dict.fromkeys(fresh[: self.cfg.bm25]))
+            for count, ids_QM in self.lexical:
+                fresh = [i for i in ids_QM[row].tolist() if i not in picked]
+                picked.update(dict.fromkeys(fresh[:count]))
             while len(picked) < self.cfg.k:
                 picked.setdefault(int(self.ids_N[rng.integers(len(self.ids_N))]))
             chunks_BK.append([self.by_id[i] for i in picked])

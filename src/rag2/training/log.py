@@ -6,10 +6,18 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+
+class Advance(Protocol):
+    """Moves a progress bar."""
+
+    def __call__(self, amount: int = 1, **values: float) -> None:
+        """By `amount`, with figures to show beside it."""
+        ...
 
 
 class RunLog:
@@ -50,26 +58,42 @@ def train_seconds(directory: Path) -> float:
     return sum(json.loads(line).get("seconds", 0.0) for line in _lines(directory / "log.jsonl"))
 
 
-@contextmanager
-def progress(title: str, total: int, done: int = 0) -> Iterator[Any]:
-    """A progress bar on stderr; the yielded function advances it and shows `key=value` beside it."""
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-        console=Console(stderr=True),
-        transient=False,
-    )
-    with bar:
-        task = bar.add_task(title, total=total, completed=done, note="")
+class Bars:
+    """Progress bars on stderr, one per task."""
+
+    def __init__(self) -> None:
+        self._bars = Progress(
+            TextColumn("{task.description:<14}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=Console(stderr=True),
+        )
+
+    def __enter__(self) -> "Bars":
+        self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bars.stop()
+
+    def add(self, title: str, total: int, done: int = 0) -> Advance:
+        """A new bar; the returned function advances it and shows `key=value` beside it."""
+        task = self._bars.add_task(title, total=total, completed=done, note="")
 
         def advance(amount: int = 1, **values: float) -> None:
-            note = " ".join(f"{key}={value:.4g}" for key, value in values.items())
-            bar.update(task, advance=amount, note=note)
+            note = " ".join(f"{key} {value:.4g}" for key, value in values.items())
+            self._bars.update(task, advance=amount, note=note)
 
-        yield advance
+        return advance
+
+
+@contextmanager
+def progress(title: str, total: int, done: int = 0) -> Iterator[Advance]:
+    """One progress bar; the yielded function advances it and shows `key=value` beside it."""
+    with Bars() as bars:
+        yield bars.add(title, total, done)
 
 
 class Clock:

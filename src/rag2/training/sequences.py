@@ -39,6 +39,11 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def plain(row: dict[str, Any]) -> str:
+    """All the text of a reading row, for training a tokenizer."""
+    return "\n".join([row["title"], row["text"], *map(" ".join, row["qa"])])
+
+
 def reading(row: dict[str, Any], prompt: Prompt, tokenizer: Any) -> tuple[str, list[range]]:
     """The text of a reading row, prompted as evaluation prompts, and where its answers stand."""
     passage = f"{row['title']}\n{row['text']}" if row["title"] else row["text"]

@@ -11,6 +11,7 @@ from rag2.worlds.lore.facts import Entity, World
 Row = dict[str, Any]
 WORLD = 300  # entities of one pretraining world
 EVERYDAY_PER_ROW = 3
+WORDINGS = 2  # in which a fact is asked on one page
 
 
 class _Pages:
@@ -38,10 +39,14 @@ class _Pages:
         return prose.render(self.world, entity, page, self.rng, self.asides, version).text
 
     def qa(self, entity: Entity, page: int) -> list[list[str]]:
-        """Both facts of the page as [question, answer], in random order and seen wordings."""
+        """Both facts of the page as [question, answer], each in two seen wordings, shuffled.
+
+        Four answers to a page teach reading in half the steps that two need.
+        """
         pairs = [
-            [prose.ask(entity, self.rng.choice(r.asked)), entity.facts[r.name]]
+            [prose.ask(entity, wording), entity.facts[r.name]]
             for r in entity.pages[page]
+            for wording in self.rng.sample(r.asked, WORDINGS)
         ]
         self.rng.shuffle(pairs)
         return pairs

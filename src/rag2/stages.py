@@ -1,0 +1,102 @@
+"""Runs the stages of a plan: subprocesses of one thread each, as many at once as asked for.
+
+Two processes of one thread beat one process of two at the sizes a CPU can train.
+"""
+
+import json
+import os
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rag2.registry import UserError
+from rag2.training.log import Advance, Bars
+
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A command that fills `directory`, after the jobs it needs; `steps` is its bar's length."""
+
+    name: str
+    directory: Path
+    command: Sequence[str]
+    needs: frozenset[str]
+    steps: int
+
+
+def run(jobs: Sequence[Job], at_once: int, done: Callable[[str], None]) -> None:
+    """Run every job; `done(name)` is called after each success.
+
+    Raises UserError with a failed job's last line. However it ends, no subprocess outlives it, and
+    what the others have checkpointed is there for the next try.
+    """
+    waiting, running = list(jobs), dict[str, _Process]()
+    with Bars() as bars:
+        try:
+            while waiting or running:
+                for job in list(waiting):
+                    open_names = {other.name for other in waiting} | set(running)
+                    if len(running) < at_once and not job.needs & open_names:
+                        waiting.remove(job)
+                        running[job.name] = _Process(job, bars.add(job.name, max(1, job.steps)))
+                for name, process in list(running.items()):
+                    if process.finished():
+                        del running[name]
+                        done(name)
+                time.sleep(0.1)
+        finally:
+            for process in running.values():
+                process.stop()
+
+
+class _Process:
+    """One running job: its output goes to stage.log, its log.jsonl moves the bar."""
+
+    def __init__(self, job: Job, advance: Advance) -> None:
+        self.job, self._advance, self._seen = job, advance, 0
+        job.directory.mkdir(parents=True, exist_ok=True)
+        self._output = (job.directory / "stage.log").open("w", encoding="utf-8")
+        self._popen = subprocess.Popen(
+            job.command,
+            stdin=subprocess.DEVNULL,
+            stdout=self._output,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **ONE_THREAD},
+        )
+
+    def finished(self) -> bool:
+        """Move the bar; True after a success; raises UserError after a failure."""
+        status = self._popen.poll()
+        self._follow()
+        if status is None:
+            return False
+        self._output.close()
+        log = self.job.directory / "stage.log"
+        if status != 0:
+            lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
+            last = next((line for line in reversed(lines) if line.strip()), f"exit status {status}")
+            reason = last.strip().removeprefix("error: ")
+            raise UserError(f"stage {self.job.name} failed: {reason} (its whole output: {log})")
+        self._advance(max(0, max(1, self.job.steps) - self._seen))
+        return True
+
+    def stop(self) -> None:
+        """End the process and wait for it."""
+        self._popen.terminate()
+        self._popen.wait()
+        self._output.close()
+
+    def _follow(self) -> None:
+        try:
+            lines = (self.job.directory / "log.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
+        except FileNotFoundError:
+            return
+        if len(lines) > self._seen:
+            line = json.loads(lines[-1])
+            figures = {key: line[key] for key in ("loss", "recall") if key in line}
+            self._advance(len(lines) - self._seen, **figures)
+            self._seen = len(lines)

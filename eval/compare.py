@@ -8,11 +8,14 @@ validation questions are the same for all.
 """
 
 import time
+from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from pydantic import Field
 from rich.console import Console
 
@@ -36,11 +39,14 @@ class CompareConfig(pipeline.Inputs):
     """directory of the report; the systems are found or made in `home`"""
     seed: int = 0
     arms: list[str] = [name for name in arms.ARMS] + ["majority"]
-    ks: list[int] = Field(list(select.KS), min_length=1)
+    ks: list[int] = Field(default=list(select.KS), min_length=1)
     """numbers of chunks to choose from on validation; 0 is the closed book"""
     prompt: Prompt = Prompt()
-    limit: int | None = Field(None, ge=1)
+    limit: int | None = Field(default=None, ge=1)
     """the first so many test questions; null: all"""
+
+
+PARTS = ("validation", "test", "control", "two_hop")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +61,7 @@ class QuestionSets:
 
     def all(self) -> list[Question]:
         """Every question that is scored."""
-        return [*self.validation, *self.test, *self.control, *self.two_hop]
+        return [question for part in PARTS for question in getattr(self, part)]
 
 
 def main(cfg: CompareConfig) -> dict:
@@ -68,10 +74,22 @@ def main(cfg: CompareConfig) -> dict:
     systems = Systems(Path(cfg.home), cfg.seed, cfg.prompt, sets.all())
     if max(cfg.ks) > len(systems.chunks):
         raise UserError(f"ks={cfg.ks}: K is larger than the corpus of {len(systems.chunks)} chunks")
-    results = []
+    found = {name: search(arm, systems, sets, max(cfg.ks)) for name, arm in chosen.items()}
+    torch.set_num_threads(1)
     with progress("evaluate", total=len(chosen) * len(sets.all())) as advance:
-        for name, arm in chosen.items():
-            results.append(evaluate(name, arm, systems, sets, cfg, advance))
+
+        def run(generator: str) -> dict[str, ArmResult]:
+            mine = [name for name, arm in chosen.items() if arm.generator == generator]
+            return {n: evaluate(n, chosen[n], found[n], systems, sets, cfg, advance) for n in mine}
+
+        # Arms with one generator share what it has read; different generators run side by side.
+        counts = Counter(arm.generator for arm in chosen.values())
+        generators = [name for name, _ in counts.most_common()]
+        for name in generators:
+            systems.reader(name)
+        with ThreadPoolExecutor(cfg.jobs) as pool:
+            done = {k: v for part in pool.map(run, generators) for k, v in part.items()}
+    results = [done[name] for name in chosen]
     if "majority" in cfg.arms:
         position = score.majority_position(sets.train)
         constant = score.constant(sets.test, position)
@@ -99,9 +117,23 @@ def read_questions(cfg: CompareConfig) -> QuestionSets:
     return QuestionSets(parts[0], parts[1], parts[2][: cfg.limit], *others)
 
 
+def search(arm: arms.Arm, systems: Systems, sets: QuestionSets, k: int) -> dict[str, arms.Found]:
+    """What the arm's retriever finds for each question set that is not empty."""
+    retriever = systems.retriever(arm.retriever)
+    found = {}
+    for part in PARTS:
+        asked = getattr(sets, part)
+        # A control question has no evidence: the gold control answers it by heart.
+        blind = part == "control" and arm.retriever == "gold"
+        if asked:
+            found[part] = arms.retrieve(asked, None if blind else retriever, k)
+    return found
+
+
 def evaluate(
     name: str,
     arm: arms.Arm,
+    found: dict[str, arms.Found],
     systems: Systems,
     sets: QuestionSets,
     cfg: CompareConfig,
@@ -109,14 +141,11 @@ def evaluate(
 ) -> ArmResult:
     """One arm: score all sets, choose K and temperature on validation, answer the test."""
     began = time.perf_counter()
-    reader, retriever = systems.reader(arm.generator), systems.retriever(arm.retriever)
-    k = 1 if arm.retriever == "gold" else max(cfg.ks)
-    scored = {}
-    for part in ("validation", "test", "control", "two_hop"):
-        asked = getattr(sets, part)
-        searched = None if part == "control" and arm.retriever == "gold" else retriever
-        if asked:
-            scored[part] = arms.evaluate(asked, reader, searched, k, advance)
+    reader = systems.reader(arm.generator)
+    scored = {
+        part: arms.evaluate(getattr(sets, part), rows, reader, advance)
+        for part, rows in found.items()
+    }
     choice = oracle = None
     if arm.retriever is not None:
         # The gold chunk is read alone by definition; every other arm may also choose to read none.

@@ -1,7 +1,7 @@
 """One generator, closed book, on multiple-choice questions by log-likelihood.
 
-    rag2 eval mc generator=PATH questions=FILE.jsonl format=letters shots=0 out=runs/mc
-    rag2 eval mc -c configs/demo/mc.yaml format=cloze
+rag2 eval mc generator=PATH questions=FILE.jsonl format=letters shots=0 out=runs/mc
+rag2 eval mc -c configs/demo/mc.yaml format=cloze
 """
 
 import time
@@ -19,6 +19,7 @@ from rag2.evaluation.results import summarize
 from rag2.generator.load import Generator
 from rag2.generator.prompt import Prompt
 from rag2.registry import UserError
+from rag2.training import distributed
 from rag2.training.log import progress
 
 
@@ -49,11 +50,11 @@ def main(cfg: McConfig) -> dict:
     if not questions:
         raise UserError(f"{cfg.questions}: no question of split {cfg.split!r}")
     began = time.perf_counter()
-    generator = Generator.load(cfg.generator, dtype=cfg.dtype, device=cfg.device)
+    generator = Generator.load(cfg.generator, cfg.dtype, distributed.device(cfg.device))
     prompt = Prompt(format=cfg.format, budget=cfg.budget)
     reader = arms.Reader(generator, prompt, {})
     with progress("mc", total=len(questions)) as advance:
-        scores = arms.evaluate(questions, reader, None, 0, advance)
+        scores = arms.evaluate(questions, arms.retrieve(questions, None, 0), reader, advance)
     facts = {"generator": "base", "eval_seconds": time.perf_counter() - began}
     result = ArmResult.of("base", questions, scores, **facts)
     task = f"{Path(cfg.questions).stem} ({cfg.format}, {cfg.shots} shots)"

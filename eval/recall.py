@@ -1,7 +1,7 @@
 """A retriever + questions -> recall@k and mean reciprocal rank against the gold chunks.
 
-    rag2 eval recall -c configs/demo/recall.yaml
-    rag2 eval recall retriever=runs/joint/final/retriever kb=kb.sqlite questions=q.jsonl
+rag2 eval recall -c configs/demo/recall.yaml
+rag2 eval recall retriever=runs/joint/final/retriever kb=kb.sqlite questions=q.jsonl
 """
 
 import json
@@ -19,7 +19,8 @@ from rag2.kb.store import KnowledgeBase
 from rag2.registry import UserError
 from rag2.retrieval import gold_chunks, recall
 from rag2.retriever.embed import embed_corpus
-from rag2.retriever.encoder import DualEncoder
+from rag2.retriever.encoder import DualEncoder, EncoderConfig
+from rag2.training import distributed
 from rag2.training.choices import Index
 
 
@@ -28,15 +29,19 @@ class RecallConfig(pipeline.Inputs):
 
     out: str = "runs/recall"
     retriever: str | None = None
+    encoder: EncoderConfig | None = None
+    """pretrained encoder to measure where no `retriever` is given"""
+    device: str = "cpu"
+    """cpu, cuda or cuda:N"""
     split: str = "test"
-    ks: list[int] = Field([1, 5, 10], min_length=1)
+    ks: list[int] = Field(default=[1, 5, 10], min_length=1)
     index: Index = Flat()
 
 
 def main(cfg: RecallConfig) -> dict:
     """Measure both retrievers; returns {retriever: {recall@k, mrr}} and writes recall.json."""
     cfg = pipeline.resolve(cfg)
-    assert cfg.kb and cfg.questions and cfg.retriever
+    assert cfg.kb and cfg.questions
     with KnowledgeBase(Path(cfg.kb)) as kb:
         chunks = kb.chunks()
     depth = max(cfg.ks)
@@ -49,7 +54,12 @@ def main(cfg: RecallConfig) -> dict:
         raise UserError(f"{cfg.questions}: no {cfg.split} question names evidence in {cfg.kb}")
     asked, wanted = [q.question for q in questions], [gold[q.id] for q in questions]
 
-    encoder = DualEncoder.load(cfg.retriever)
+    if cfg.retriever:
+        encoder = DualEncoder.load(cfg.retriever)
+    else:
+        assert cfg.encoder
+        encoder = DualEncoder.build(cfg.encoder)
+    encoder.to(distributed.device(cfg.device))
     embeddings_ND = embed_corpus(encoder, [chunk.passage for chunk in chunks])
     index = cfg.index.build(embeddings_ND, np.array([chunk.id for chunk in chunks]))
     _, dense_QK = index.search(embed_corpus(encoder, asked, side="question"), depth)

@@ -30,7 +30,7 @@ LAYERS = [
     {"rag"},
     {"retrieval", "reindex"},
     {"kb", "retriever", "index", "generator", "losses", "tuning", "worlds"},
-    {"config", "artifact"},
+    {"config", "artifact", "hub"},
     {"explain"},
     {"registry", "types", "yaml12"},
     {"__init__"},

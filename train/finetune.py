@@ -1,8 +1,8 @@
 """Classic fine-tuning: a base model + the corpus as text, or + questions -> knowledge in weights.
 
-    rag2 train finetune -c configs/demo/finetune.yaml out=runs/ft
-    rag2 train finetune -c configs/demo/finetune.yaml tuning.name=lora steps=20 out=runs/lora
-    rag2 train finetune -c configs/demo/finetune.yaml objective.name=supervised out=runs/sft
+rag2 train finetune -c configs/demo/finetune.yaml out=runs/ft
+rag2 train finetune -c configs/demo/finetune.yaml tuning.name=lora steps=20 out=runs/lora
+rag2 train finetune -c configs/demo/finetune.yaml objective.name=supervised out=runs/sft
 """
 
 import json
@@ -14,7 +14,7 @@ from rag2 import config, pipeline
 from rag2.evaluation.questions import load_questions, split
 from rag2.generator.load import Generator
 from rag2.kb.store import KnowledgeBase
-from rag2.training import checkpoint, optim
+from rag2.training import checkpoint, distributed, optim
 from rag2.training.choices import Objective, Tuning
 from rag2.training.log import Clock, progress
 from rag2.training.objectives import Unsupervised
@@ -28,18 +28,24 @@ class FinetuneConfig(pipeline.Inputs):
     out: str = "runs/ft"
     seed: int = 0
     generator: str | None = None
+    device: str = "cpu"
+    """cpu, cuda or cuda:N"""
+    dtype: str = "float32"
+    """of the generator; bfloat16 for a base under adapters"""
+    gradient_checkpointing: bool = False
+    """compute the activations twice instead of keeping them"""
     paraphrases: str | None = None
     """JSONL of rewordings of the documents, trained on beside them (unsupervised)"""
     objective: Objective = Unsupervised()
     tuning: Tuning = Full()
-    steps: int = Field(100, ge=0)
-    batch_size: int = Field(16, ge=1)
-    lr: float = Field(5e-4, gt=0)
+    steps: int = Field(default=100, ge=0)
+    batch_size: int = Field(default=16, ge=1)
+    lr: float = Field(default=5e-4, gt=0)
     betas: tuple[float, float] = (0.9, 0.98)
-    weight_decay: float = Field(0.01, ge=0)
-    max_norm: float = Field(1.0, gt=0)
+    weight_decay: float = Field(default=0.01, ge=0)
+    max_norm: float = Field(default=1.0, gt=0)
     schedule: optim.Schedule = optim.Schedule(warmup=10)
-    checkpoint_every: int = Field(500, ge=1)
+    checkpoint_every: int = Field(default=500, ge=1)
     resume: bool = False
 
 
@@ -48,7 +54,9 @@ def main(cfg: FinetuneConfig) -> dict[str, float]:
     cfg = pipeline.resolve(cfg)
     assert cfg.generator
     checkpoint.seed_everything(cfg.seed)
-    generator = Generator.load(cfg.generator)
+    generator = Generator.load(cfg.generator, cfg.dtype, distributed.device(cfg.device))
+    if cfg.gradient_checkpointing:
+        generator.model.gradient_checkpointing_enable()
     generator = Generator(cfg.tuning.apply(generator.model), generator.tokenizer)
     generator.model.train()
     batch_loss = cfg.objective.prepare(read_data(cfg), generator, cfg.batch_size, cfg.seed)

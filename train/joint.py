@@ -12,6 +12,7 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from pydantic import Field
 
 from rag2 import config, pipeline
@@ -24,7 +25,7 @@ from rag2.losses.marginal import Marginal
 from rag2.rag import Rag
 from rag2.reindex import LiveIndex, Reindexer, SyncRefresh
 from rag2.retriever.embed import embed_corpus
-from rag2.retriever.encoder import DualEncoder
+from rag2.retriever.encoder import DualEncoder, EncoderConfig
 from rag2.training import batches, checkpoint, distributed, optim
 from rag2.training.candidates import Candidates, Proposals
 from rag2.training.choices import Index, Loss, Refresh, Step, Tuning
@@ -41,10 +42,19 @@ class JointConfig(pipeline.Inputs):
     seed: int = 0
     generator: str | None = None
     retriever: str | None = None
+    """encoder folder of a warm start or an earlier run"""
+    encoder: EncoderConfig | None = None
+    """pretrained encoder to start from where no `retriever` is given"""
+    device: str = "cpu"
+    """cpu, cuda or cuda:N"""
+    dtype: str = "float32"
+    """of the generator; bfloat16 for a base under adapters"""
+    gradient_checkpointing: bool = False
+    """compute the generator's activations twice instead of keeping them"""
     train: list[Literal["retriever", "generator"]] = ["retriever", "generator"]
     """the halves that learn; the other stays as it is"""
-    steps: int = Field(300, ge=0)
-    batch_size: int = Field(24, ge=1)
+    steps: int = Field(default=300, ge=0)
+    batch_size: int = Field(default=24, ge=1)
     candidates: Candidates = Candidates()
     loss: Loss = Marginal()
     step: Step = TwoPass()
@@ -52,27 +62,27 @@ class JointConfig(pipeline.Inputs):
     index: Index = Flat()
     refresh: Refresh = SyncRefresh()
     prompt: Prompt = Prompt()
-    lr_retriever: float = Field(6e-4, ge=0)
-    lr_generator: float = Field(1e-4, ge=0)
+    lr_retriever: float = Field(default=6e-4, ge=0)
+    lr_generator: float = Field(default=1e-4, ge=0)
     betas: tuple[float, float] = (0.9, 0.98)
-    weight_decay: float = Field(0.01, ge=0)
-    max_norm: float = Field(1.0, gt=0)
+    weight_decay: float = Field(default=0.01, ge=0)
+    max_norm: float = Field(default=1.0, gt=0)
     schedule: optim.Schedule = optim.Schedule()
-    checkpoint_every: int = Field(100, ge=1)
+    checkpoint_every: int = Field(default=100, ge=1)
     resume: bool = False
 
 
 def main(cfg: JointConfig) -> dict[str, float]:
     """Train both halves; returns the last step's loss in nats per question."""
     cfg = pipeline.resolve(cfg)
-    assert cfg.kb and cfg.questions and cfg.generator and cfg.retriever
-    distributed.start()
+    assert cfg.kb and cfg.questions
+    device = distributed.start(cfg.device)
     checkpoint.seed_everything(cfg.seed)
     with KnowledgeBase(Path(cfg.kb)) as kb:
         chunks, kb_version, kb_hash = kb.chunks(), kb.version, kb.content_hash()
     questions = split(load_questions(cfg.questions), "train")
     propose = Proposals(cfg.candidates, chunks, questions, cfg.seed)
-    rag, halves = load(cfg)
+    rag, halves = load(cfg, device)
     weights = [p for parameters, _ in halves.values() for p in parameters]
     optimizer = optim.adamw(halves, cfg.weight_decay, cfg.betas)
     run = Run(cfg, {"retriever": rag.retriever, "generator": rag.generator}, optimizer)
@@ -127,10 +137,17 @@ def main(cfg: JointConfig) -> dict[str, float]:
     return {"loss": loss}
 
 
-def load(cfg: JointConfig) -> tuple[Rag, dict[str, Any]]:
+def load(cfg: JointConfig, device: torch.device) -> tuple[Rag, dict[str, Any]]:
     """Both halves, frozen where cfg.train says so, and the optimizer's groups."""
-    assert cfg.generator and cfg.retriever
-    retriever, generator = DualEncoder.load(cfg.retriever), Generator.load(cfg.generator)
+    assert cfg.generator
+    if cfg.retriever:
+        retriever = DualEncoder.load(cfg.retriever).to(device)
+    else:
+        assert cfg.encoder
+        retriever = DualEncoder.build(cfg.encoder).to(device)
+    generator = Generator.load(cfg.generator, cfg.dtype, device)
+    if cfg.gradient_checkpointing:
+        generator.model.gradient_checkpointing_enable()
     if "retriever" not in cfg.train:
         retriever.requires_grad_(False)
     if "generator" in cfg.train:

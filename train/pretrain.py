@@ -26,11 +26,11 @@ from rag2.training.sequences import collate, plain, read_rows, reading, weigh
 class Network(config.Config):
     """Shape of the Llama that is trained from scratch."""
 
-    hidden: int = Field(192, ge=8)
-    layers: int = Field(2, ge=1)
-    heads: int = Field(4, ge=1)
-    intermediate: int = Field(512, ge=8)
-    max_positions: int = Field(512, ge=16)
+    hidden: int = Field(default=192, ge=8)
+    layers: int = Field(default=2, ge=1)
+    heads: int = Field(default=4, ge=1)
+    intermediate: int = Field(default=512, ge=8)
+    max_positions: int = Field(default=512, ge=16)
 
 
 class PretrainConfig(pipeline.Inputs):
@@ -44,15 +44,15 @@ class PretrainConfig(pipeline.Inputs):
     """directory of a tokenizer; null: one is trained on the corpus"""
     network: Network = Network()
     prompt: Prompt = Prompt()
-    text_weight: float = Field(0.1, ge=0)
-    steps: int = Field(700, ge=0)
-    batch_size: int = Field(24, ge=1)
-    lr: float = Field(4e-3, gt=0)
+    text_weight: float = Field(default=0.1, ge=0)
+    steps: int = Field(default=700, ge=0)
+    batch_size: int = Field(default=24, ge=1)
+    lr: float = Field(default=4e-3, gt=0)
     betas: tuple[float, float] = (0.9, 0.98)
-    weight_decay: float = Field(0.01, ge=0)
-    max_norm: float = Field(1.0, gt=0)
+    weight_decay: float = Field(default=0.01, ge=0)
+    max_norm: float = Field(default=1.0, gt=0)
     schedule: optim.Schedule = optim.Schedule()
-    checkpoint_every: int = Field(500, ge=1)
+    checkpoint_every: int = Field(default=500, ge=1)
     resume: bool = False
 
 

@@ -39,22 +39,22 @@ class RetrieverConfig(pipeline.Inputs):
     tokenizer: str | None = None
     """tokenizer of an encoder from scratch; a pretrained encoder brings its own"""
     encoder: EncoderConfig = EncoderConfig()
-    siblings: float = Field(0.5, ge=0, le=1)
+    siblings: float = Field(default=0.5, ge=0, le=1)
     """share of queries whose positive is another chunk under the same title"""
     words: tuple[int, int] = (4, 12)
     """fewest and most words of a query span"""
-    steps: int = Field(1000, ge=0)
+    steps: int = Field(default=1000, ge=0)
     """the most steps; validation stops earlier"""
-    batch_size: int = Field(64, ge=2)
-    lr: float = Field(1e-3, gt=0)
+    batch_size: int = Field(default=64, ge=2)
+    lr: float = Field(default=1e-3, gt=0)
     betas: tuple[float, float] = (0.9, 0.98)
-    weight_decay: float = Field(0.01, ge=0)
-    max_norm: float = Field(1.0, gt=0)
+    weight_decay: float = Field(default=0.01, ge=0)
+    max_norm: float = Field(default=1.0, gt=0)
     schedule: optim.Schedule = optim.Schedule(decay="constant")
-    validate_every: int = Field(50, ge=1)
-    patience: int = Field(4, ge=1)
+    validate_every: int = Field(default=50, ge=1)
+    patience: int = Field(default=4, ge=1)
     """validations without a better recall@5 before it stops"""
-    checkpoint_every: int = Field(500, ge=1)
+    checkpoint_every: int = Field(default=500, ge=1)
     resume: bool = False
 
 
@@ -72,7 +72,7 @@ class Pairs:
             self.group[rows] = number
 
     def batch(self, step: int) -> tuple[list[str], list[str], torch.Tensor]:
-        """Queries, positive passages and the group of each: groups are not each other's negatives."""
+        """Queries, positive passages, and the group of each, which is no negative for itself."""
         rng = batches.generator(self.cfg.seed, step, 7)
         rows = batches.sample(len(self.chunks), self.cfg.batch_size, self.cfg.seed, step)
         queries, passages = [], []

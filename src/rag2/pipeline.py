@@ -59,6 +59,8 @@ PATHS = {
 }
 # inputs that a recipe can do without, so that a missing one is no reason to run a stage
 OPTIONAL = {"paraphrases", "tokenizer"}
+# inputs that another key of the recipe can stand in for
+INSTEAD = {"retriever": "encoder"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +95,8 @@ def resolve(cfg: InputsT) -> InputsT:
 
     Raises UserError for an input that is neither given nor made by a world.
     """
-    fields = [name for name in PATHS if name in type(cfg).model_fields and not getattr(cfg, name)]
+    given = {name for name, value in cfg if value or getattr(cfg, INSTEAD.get(name, name), None)}
+    fields = [name for name in PATHS if name in type(cfg).model_fields and name not in given]
     missing = [name for name in fields if name not in OPTIONAL or cfg.world and name == "tokenizer"]
     if not missing:
         return cfg

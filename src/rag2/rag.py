@@ -20,7 +20,7 @@ Pair = tuple[list[int], list[int]]
 
 
 class Rag(nn.Module):
-    """p(y|x) = sum_k p(z_k|x) p(y|x,z_k) over retrieved chunks (Lewis et al. 2020, RAG-Sequence)."""
+    """p(y|x) = sum_k p(z_k|x) p(y|x,z_k) over retrieved chunks (Lewis et al. 2020, eq. 1)."""
 
     def __init__(self, retriever: DualEncoder, generator: Generator, prompt: Prompt) -> None:
         super().__init__()

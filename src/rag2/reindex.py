@@ -40,7 +40,7 @@ class SyncRefresh(Config):
     """Stop and re-encode the corpus every `every` steps (as Atlas does, Izacard et al. 2022)."""
 
     name: Literal["sync"] = "sync"
-    every: int = Field(100, ge=1)
+    every: int = Field(default=100, ge=1)
 
     def due(self, step: int) -> bool:
         """True after every `every`-th step."""
@@ -67,7 +67,12 @@ class Reindexer:
         kb_version: int,
         kb_hash: str,
     ) -> None:
-        self.directory, self.chunks, self.encoder, self.backend = directory, chunks, encoder, backend
+        self.directory, self.chunks, self.encoder, self.backend = (
+            directory,
+            chunks,
+            encoder,
+            backend,
+        )
         self.kb = {"kb_version": kb_version, "kb_hash": kb_hash}
         self.number = -1
 

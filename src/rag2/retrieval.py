@@ -8,8 +8,8 @@ import numpy as np
 from rag2.index.generation import Generation
 from rag2.kb.lexical import BM25
 from rag2.registry import UserError
-from rag2.retriever.encoder import DualEncoder
 from rag2.retriever.embed import embed_corpus
+from rag2.retriever.encoder import DualEncoder
 from rag2.types import Chunk, Question
 
 
@@ -69,7 +69,8 @@ class Gold:
         for question in questions:
             if not self.evidence.get(question.id):
                 raise UserError(
-                    f"question {question.id!r} names no evidence; gold_rag needs gold_chunk or evidence"
+                    f"question {question.id!r} names no gold_chunk and no evidence of the corpus; "
+                    "gold_rag cannot answer it"
                 )
         ids_QK = np.array([[self.evidence[q.id][0]] for q in questions], dtype=np.int64)
         return np.zeros(ids_QK.shape, dtype=np.float32), ids_QK

@@ -85,33 +85,42 @@ class Reader:
         self.known.update(zip(todo, scored, strict=True))
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Found:
+    """What a retriever found for some questions: scores_QK and chunk ids_QK, K = 0 without one."""
+
+    scores_QK: np.ndarray
+    ids_QK: np.ndarray
+
+
+def retrieve(questions: Sequence[Question], retriever: Retriever | None, k: int) -> Found:
+    """The best `k` chunks of each question; none without a retriever."""
+    if retriever is None:
+        return Found(np.zeros((len(questions), 0)), np.zeros((len(questions), 0), dtype=np.int64))
+    scores_QK, ids_QK = retriever.search(questions, k)
+    return Found(scores_QK.astype(np.float64), ids_QK)
+
+
 def evaluate(
     questions: Sequence[Question],
+    found: Found,
     reader: Reader,
-    retriever: Retriever | None,
-    k: int,
     tick: Callable[[int], None] = lambda amount: None,
 ) -> Scores:
-    """Every choice's log-likelihood with each of the best `k` chunks, and without any."""
-    questions = list(questions)
-    ids_QK = np.zeros((len(questions), 0), dtype=np.int64)
-    scores_QK = np.zeros(ids_QK.shape)
-    if retriever is not None:
-        found_QK, ids_QK = retriever.search(questions, k)
-        scores_QK = found_QK.astype(np.float64)
+    """Every choice's log-likelihood with each of the chunks found, and without any."""
     for start in range(0, len(questions), 50):
         part = slice(start, start + 50)
         pairs: list[tuple[Question, int | None]] = [(q, None) for q in questions[part]]
-        for question, ids in zip(questions[part], ids_QK[part].tolist(), strict=True):
+        for question, ids in zip(questions[part], found.ids_QK[part].tolist(), strict=True):
             pairs += [(question, chunk) for chunk in ids]
         reader.read(pairs)
         tick(len(questions[part]))
     lengths_QC = choice_lengths(questions)
     closed_QC = np.full(lengths_QC.shape, -np.inf)
-    logp_QKC = np.full((*ids_QK.shape, lengths_QC.shape[1]), -np.inf)
+    logp_QKC = np.full((*found.ids_QK.shape, lengths_QC.shape[1]), -np.inf)
     for row, question in enumerate(questions):
         count = len(question.choices)
         closed_QC[row, :count] = reader.known[question.id, None]
-        for column, chunk in enumerate(ids_QK[row].tolist()):
+        for column, chunk in enumerate(found.ids_QK[row].tolist()):
             logp_QKC[row, column, :count] = reader.known[question.id, chunk]
-    return Scores(logp_QKC, closed_QC, scores_QK, ids_QK, lengths_QC)
+    return Scores(logp_QKC, closed_QC, found.scores_QK, found.ids_QK, lengths_QC)

@@ -1,14 +1,16 @@
 """folder, hub id or nothing at all -> a causal LM with its tokenizer, and back to a folder."""
 
 import hashlib
-import os
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from rag2 import hub
 from rag2.registry import UserError, nearest
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -22,11 +24,14 @@ class Generator:
     tokenizer: Any
 
     @classmethod
-    def load(cls, path: str | Path, dtype: str = "float32", device: str = "cpu") -> Self:
+    def load(
+        cls, path: str | Path, dtype: str = "float32", device: str | torch.device = "cpu"
+    ) -> Self:
         """Load a Hugging Face folder or hub id in evaluation mode; code in it is never run.
 
-        The pad token falls back to eos. Raises UserError for a path without a model, an unknown
-        dtype or a tokenizer that does not fit the model.
+        The folder of an adapter is loaded on the base it names, the adapter's weights in float32.
+        The pad token falls back to eos. Raises UserError for a path without a model, one that lacks
+        weights (an encoder has no output head), an unknown dtype or a tokenizer that does not fit.
         """
         if dtype not in DTYPES:
             allowed = ", ".join(DTYPES)
@@ -34,16 +39,19 @@ class Generator:
                 f"unknown generator dtype {dtype!r}; allowed: {allowed}.{nearest(dtype, DTYPES)}"
             )
         name = str(path)
-        local = _is_local(name)
+        local = hub.is_local(name, "generator")
         model: Any
         try:
             tokenizer = AutoTokenizer.from_pretrained(
                 name, local_files_only=local, trust_remote_code=False
             )
-            model = AutoModelForCausalLM.from_pretrained(
-                name, dtype=DTYPES[dtype], local_files_only=local, trust_remote_code=False
-            )
-        except (OSError, ValueError, KeyError) as error:
+            if (adapter := Path(name, "adapter_config.json")).is_file():
+                model = _adapted(adapter, dtype)
+            else:
+                model = _plain(name, dtype, local)
+        except UserError:
+            raise
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             what = "folder" if local else "hub id (and there is no such folder)"
             reason = " ".join(str(error).split())
             raise UserError(f"cannot load generator {what} {name!r}: {reason[:300]}") from error
@@ -88,6 +96,27 @@ class Generator:
         return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
 
 
+def _plain(name: str, dtype: str, local: bool) -> Any:
+    model, report = AutoModelForCausalLM.from_pretrained(
+        name,
+        dtype=DTYPES[dtype],
+        local_files_only=local,
+        trust_remote_code=False,
+        output_loading_info=True,
+    )
+    if missing := sorted(report["missing_keys"]):
+        raise UserError(f"generator {name!r} lacks {len(missing)} weights, such as {missing[0]!r}")
+    return model
+
+
+def _adapted(file: Path, dtype: str) -> Any:
+    """The adapter beside `file` on its base. PEFT loads it, for it keeps the adapter in float32."""
+    from peft import PeftModel
+
+    base = json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    return PeftModel.from_pretrained(Generator.load(base, dtype).model, str(file.parent))
+
+
 def build_llama(
     tokenizer: Any,
     hidden: int,
@@ -116,20 +145,3 @@ def build_llama(
         pad_token_id=tokenizer.pad_token_id,
     )
     return Generator(LlamaForCausalLM(config).eval(), tokenizer)
-
-
-def _is_local(name: str) -> bool:
-    """True for a folder with a model, False for a hub id; raises UserError for anything else."""
-    path = Path(name)
-    if path.is_dir():
-        if not any((path / f).is_file() for f in ("config.json", "adapter_config.json")):
-            raise UserError(f"generator folder {name!r} has no config.json")
-        return True
-    if path.exists():
-        raise UserError(f"generator {name!r} is a file; a Hugging Face folder is needed")
-    # A hub id is `name` or `owner/name`; all else is meant as a path, and so is a name inside a
-    # folder that exists: asking the hub for a mistyped run costs a minute where it is unreachable.
-    inside = "/" in name and path.parent.is_dir()
-    if not name or inside or name.count("/") > 1 or name.startswith((".", "~", os.sep)):
-        raise UserError(f"generator folder {name!r} does not exist")
-    return False

@@ -205,6 +205,7 @@ def sequence_nll(model: Model, ids_BL: Tensor, weights_BL: Tensor) -> Tensor:
     goes to the right and has weight 0; it needs no mask, for no earlier token can see it.
     """
     assert ids_BL.shape == weights_BL.shape, f"{tuple(ids_BL.shape)}, {tuple(weights_BL.shape)}"
+    ids_BL, weights_BL = ids_BL.to(place(model)), weights_BL.to(place(model))
     weights_BS = weights_BL[:, 1:]
     sequence_M, before_M = weights_BS.nonzero(as_tuple=True)
     assert len(sequence_M), "every weight is 0: there is nothing to learn from"

@@ -22,7 +22,7 @@ class TorchExact(Config):
     name: Literal["torch"] = "torch"
     device: str = "auto"
     """A torch device; auto: cuda where there is one, else cpu."""
-    block: StrictInt = Field(65_536, ge=1)
+    block: StrictInt = Field(default=65_536, ge=1)
 
     def build(self, embeddings_ND: np.ndarray, ids_N: np.ndarray) -> Index:
         """The index over embeddings; raises as `base.prepared` does."""

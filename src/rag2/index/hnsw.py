@@ -19,11 +19,11 @@ class HNSW(Config):
     """
 
     name: Literal["hnsw"] = "hnsw"
-    links: StrictInt = Field(32, ge=2)
+    links: StrictInt = Field(default=32, ge=2)
     """M: neighbours of a node, per level."""
-    ef_construction: StrictInt = Field(200, ge=1)
+    ef_construction: StrictInt = Field(default=200, ge=1)
     """Candidates kept while a node's neighbours are chosen."""
-    ef_search: StrictInt = Field(64, ge=1)
+    ef_search: StrictInt = Field(default=64, ge=1)
     """Candidates kept while searching: recall against speed."""
 
     def build(self, embeddings_ND: np.ndarray, ids_N: np.ndarray) -> Index:

@@ -18,9 +18,9 @@ class IVF(Config):
     """
 
     name: Literal["ivf"] = "ivf"
-    nlist: StrictInt | None = Field(None, ge=1)
+    nlist: StrictInt | None = Field(default=None, ge=1)
     """Number of cells; null: the square root of the number of chunks."""
-    nprobe: StrictInt = Field(16, ge=1)
+    nprobe: StrictInt = Field(default=16, ge=1)
     device: Literal["auto", "cpu"] = "auto"
     """auto: the first GPU, where FAISS is built for GPUs and sees one."""
 

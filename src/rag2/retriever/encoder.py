@@ -47,21 +47,21 @@ class EncoderConfig(Config):
     pooling: Literal["mean", "cls"] = "mean"
     normalize: StrictBool = True
     """Embeddings of length 1, so that scores are cosines."""
-    temperature: float = Field(0.05, ge=1 / MAX_SCALE, allow_inf_nan=False)
+    temperature: float = Field(default=0.05, ge=1 / MAX_SCALE, allow_inf_nan=False)
     """Of p(z|x) = softmax(inner product / temperature), at the start."""
     learn_temperature: StrictBool = True
     question_prefix: str = ""
     chunk_prefix: str = ""
-    max_question_tokens: StrictInt = Field(64, ge=4)
-    max_chunk_tokens: StrictInt = Field(256, ge=4)
-    dropout: float | None = Field(None, ge=0, lt=1)
+    max_question_tokens: StrictInt = Field(default=64, ge=4)
+    max_chunk_tokens: StrictInt = Field(default=256, ge=4)
+    dropout: float | None = Field(default=None, ge=0, lt=1)
     """null: the checkpoint's own, and 0 for random weights."""
-    hidden: StrictInt = Field(128, ge=1)
+    hidden: StrictInt = Field(default=128, ge=1)
     """This and the next four: shape of the network when `model` is null."""
-    layers: StrictInt = Field(2, ge=1)
-    heads: StrictInt = Field(2, ge=1)
-    intermediate: StrictInt = Field(512, ge=1)
-    max_positions: StrictInt = Field(512, ge=4)
+    layers: StrictInt = Field(default=2, ge=1)
+    heads: StrictInt = Field(default=2, ge=1)
+    intermediate: StrictInt = Field(default=512, ge=1)
+    max_positions: StrictInt = Field(default=512, ge=4)
 
 
 class DualEncoder(nn.Module):
@@ -110,9 +110,7 @@ class DualEncoder(nn.Module):
         """
         if config.model is None:
             if tokenizer is None:
-                raise UserError(
-                    "retriever.model is null: an encoder from scratch needs a tokenizer"
-                )
+                raise UserError("encoder.model is null: an encoder from scratch needs a tokenizer")
             tower = scratch(
                 tokenizer,
                 **config.model_dump(include=SHAPE),

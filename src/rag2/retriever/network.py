@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     MODEL_MAPPING,
     AutoConfig,
@@ -18,6 +19,7 @@ from transformers import (
 )
 from transformers.utils import logging as hf_logging
 
+from rag2 import hub
 from rag2.registry import UserError
 
 
@@ -51,8 +53,9 @@ def scratch(
 
 def load_tower(model: str, dropout: float | None) -> PreTrainedModel:
     """A checkpoint's network in float32, in training mode, without the pooler it does not use."""
+    local = hub.is_local(model, "encoder")
     try:
-        config = AutoConfig.from_pretrained(model)
+        config = AutoConfig.from_pretrained(model, local_files_only=local)
         network: Any = MODEL_MAPPING[type(config)] if type(config) in MODEL_MAPPING else AutoModel
         extra: dict[str, Any] = {}
         # An unused pooler would be a weight without a gradient, which DDP refuses.
@@ -66,12 +69,13 @@ def load_tower(model: str, dropout: float | None) -> PreTrainedModel:
             tower, report = AutoModel.from_pretrained(
                 model,
                 config=config,
+                local_files_only=local,
                 dtype=torch.float32,
                 use_safetensors=True,
                 output_loading_info=True,
                 **extra,
             )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"cannot load encoder {model!r}: {reason}") from None
     missing = sorted(key for key in report["missing_keys"] if "pooler" not in key)

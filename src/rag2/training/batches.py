@@ -1,4 +1,4 @@
-"""Batches as pure functions of (seed, step): no iterator state, so a resumed run sees the same rows."""
+"""Batches as functions of (seed, step): without iterator state a resumed run sees the same rows."""
 
 from collections.abc import Sequence
 
@@ -22,7 +22,9 @@ def sample(num_rows: int, size: int, seed: int, step: int) -> np.ndarray:
     return rows
 
 
-def bucketed(lengths: Sequence[int], size: int, seed: int, step: int, window: int = 16) -> np.ndarray:
+def bucketed(
+    lengths: Sequence[int], size: int, seed: int, step: int, window: int = 16
+) -> np.ndarray:
     """Row numbers of batch `step`, alike in length: each window of batches is sorted, then dealt.
 
     Padding is wasted work: sorting `window` batches at a time removes most of it, and because the

@@ -15,14 +15,14 @@ from rag2.types import Chunk, Question
 class Candidates(Config):
     """How many chunks each source proposes for a question; K is their sum."""
 
-    dense: int = Field(4, ge=0)
+    dense: int = Field(default=4, ge=0)
     """from the index, however stale"""
-    bm25: int = Field(3, ge=0)
+    bm25: int = Field(default=3, ge=0)
     """by words: a chunk the index has lost (p = 0) gets no gradient; here it comes back"""
-    answer: int = Field(0, ge=0)
+    answer: int = Field(default=0, ge=0)
     """by the words of question and known answer together: distant supervision in the manner of DPR
     (Karpukhin et al. 2020, section 4.2), for questions whose own words do not find their chunk"""
-    random: int = Field(1, ge=0)
+    random: int = Field(default=1, ge=0)
     """by chance: a softmax over only the best K is too sure of itself"""
 
     @property

@@ -36,7 +36,9 @@ def save(
         for name, module in modules.items():
             save_file(_tensors(module), staging / f"{name}.safetensors")
         tensors, scalars = _optimizer_state(optimizer)
-        save_file({**tensors, "rng/torch": torch.get_rng_state()}, staging / "optimizer.safetensors")
+        save_file(
+            {**tensors, "rng/torch": torch.get_rng_state()}, staging / "optimizer.safetensors"
+        )
         state = {"step": step, "optimizer": scalars, "extra": extra}
         (staging / "state.json").write_text(json.dumps(state), encoding="utf-8")
     for old in sorted(folder.glob("step-*"))[:-keep]:

@@ -1,4 +1,4 @@
-"""The variation points of the recipes as types: a run-time union, and what it offers to a reader."""
+"""The variation points of the recipes as types: unions that are built from the registry."""
 
 from typing import TYPE_CHECKING, Any
 

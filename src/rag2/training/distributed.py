@@ -11,11 +11,36 @@ import torch
 from torch import distributed as dist
 from torch import nn
 
+from rag2.registry import UserError
 
-def start() -> None:
-    """Join the group that torchrun or accelerate launched; a single process does nothing."""
+
+def start(name: str = "cpu") -> torch.device:
+    """This process's device, after it joined the group that torchrun or accelerate launched.
+
+    `name` is cpu, cuda (each process of the group takes its own GPU) or cuda:N. Raises UserError
+    for a device that is not there.
+    """
+    where = device(name)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        dist.init_process_group("nccl" if where.type == "cuda" else "gloo")
+    return where
+
+
+def device(name: str) -> torch.device:
+    """The device that `name` (cpu, cuda, cuda:N) means; UserError for one that is not there."""
+    try:
+        where = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"unknown device {name!r}; allowed: cpu, cuda, cuda:N") from None
+    if where.type != "cuda":
+        return where
+    number = where.index if where.index is not None else int(os.environ.get("LOCAL_RANK", "0"))
+    if number >= torch.cuda.device_count():
+        raise UserError(
+            f"device={name}: there are {torch.cuda.device_count()} GPUs; try device=cpu"
+        )
+    torch.cuda.set_device(number)
+    return torch.device("cuda", number)
 
 
 def rank() -> int:

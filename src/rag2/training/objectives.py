@@ -25,7 +25,7 @@ class Unsupervised(Config):
     """
 
     name: Literal["unsupervised"] = "unsupervised"
-    block: int = Field(256, ge=2)
+    block: int = Field(default=256, ge=2)
     """tokens per block"""
 
     needs: ClassVar[str] = "texts"

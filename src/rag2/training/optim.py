@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from rag2.config import Config
+from rag2.registry import UserError
 
 
 class Schedule(Config):
@@ -43,10 +44,18 @@ def adamw(
     weight_decay: float,
     betas: tuple[float, float],
 ) -> torch.optim.AdamW:
-    """AdamW with one pair of groups per name: weights decay, vectors and scalars do not."""
+    """AdamW with one pair of groups per name: weights decay, vectors and scalars do not.
+
+    Raises UserError for weights in half precision: most of AdamW's steps would round to nothing.
+    """
     rows = []
     for name, (parameters, lr) in groups.items():
         parameters = list(parameters)
+        for dtype in {p.dtype for p in parameters if p.dtype.itemsize < 4}:
+            what = str(dtype).removeprefix("torch.")
+            raise UserError(
+                f"{name}: {what} weights cannot be trained: dtype=float32, or tuning=lora"
+            )
         for decay in (True, False):
             chosen = [p for p in parameters if (p.ndim >= 2) == decay]
             if chosen:
@@ -74,7 +83,7 @@ class NonFiniteError(RuntimeError):
 
 
 def clip(parameters: list[nn.Parameter], loss: float, max_norm: float, step: int) -> float:
-    """Clip the gradient to `max_norm` and return its norm; raises NonFiniteError before an update."""
+    """Clip the gradient; returns its norm, raises NonFiniteError before an update could happen."""
     norm = float(nn.utils.clip_grad_norm_(parameters, max_norm))
     if not (math.isfinite(loss) and math.isfinite(norm)):
         raise NonFiniteError(f"step {step}: loss {loss}, gradient norm {norm}: not finite")

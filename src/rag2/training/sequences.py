@@ -1,4 +1,7 @@
-"""Texts and reading rows -> token sequences with a loss weight per token (L tokens, B sequences)."""
+"""Texts and reading rows -> token sequences with a loss weight per token.
+
+Letters: L tokens of a sequence, B sequences.
+"""
 
 import json
 from collections.abc import Sequence
@@ -85,10 +88,13 @@ def blocks(texts: Sequence[str], size: int, tokenizer: Any) -> list[Weighted]:
     """Equal blocks of `size` tokens: each text between BOS and EOS, all in one line, cut again.
 
     The unsupervised fine-tuning data of Ovadia et al. 2024 (section 4.2): the marks stay where the
-    original chunks begin and end. The remainder of the line is a shorter last block.
+    original chunks begin and end. The remainder of the line is a shorter last block. A tokenizer
+    without one of the marks (Qwen has no BOS) leaves it out.
     """
+    marks = (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    before, after = ([mark] if mark is not None else [] for mark in marks)
     line: list[int] = []
     for row in tokenizer(list(texts), add_special_tokens=False)["input_ids"]:
-        line += [tokenizer.bos_token_id, *row, tokenizer.eos_token_id]
+        line += [*before, *row, *after]
     pieces = [np.array(line[i : i + size]) for i in range(0, len(line), size)]
     return [Weighted(ids, np.ones(len(ids), dtype=np.float32)) for ids in pieces if len(ids) > 1]

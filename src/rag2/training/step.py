@@ -62,8 +62,8 @@ class TwoPass(Config):
     """
 
     name: Literal["two_pass"] = "two_pass"
-    skip_below: float = Field(0.0, ge=0.0, lt=1.0)
-    micro_batch: int = Field(64, ge=1)
+    skip_below: float = Field(default=0.0, ge=0.0, lt=1.0)
+    micro_batch: int = Field(default=64, ge=1)
 
     def __call__(
         self,
@@ -100,7 +100,7 @@ class TwoPass(Config):
     def _first_pass(
         self, rag: Rag, pairs: list[Pair], pieces: list[list[int]]
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Logp_RT and mask_RT of every prompt, and the RNG state before each micro-batch."""
+        """Logp_RT and mask_RT of every prompt; the RNG state around each micro-batch, P + 1 of them."""
         width = max(len(answer) for _, answer in pairs)
         device = next(rag.generator.parameters()).device
         logp_RT = torch.zeros(len(pairs), width, device=device)
@@ -112,6 +112,7 @@ class TwoPass(Config):
                 logp, mask = rag.logp([pairs[r] for r in piece])
                 logp_RT[piece, : logp.shape[1]] = logp.float()
                 mask_RT[piece, : mask.shape[1]] = mask
+        states.append(_rng_state(device))
         return logp_RT, mask_RT, states
 
     def _second_pass(
@@ -125,12 +126,11 @@ class TwoPass(Config):
     ) -> None:
         """Send grad_RT back through the generator for the prompts that are felt.
 
-        With dropout the masks of the first pass must come back, so a generator that has dropout
-        keeps its micro-batches whole and only zero gradients are left out.
+        With dropout the masks of the first pass must come back, so a generator that drew random
+        numbers keeps its micro-batches whole and only zero gradients are left out. (Looking for
+        dropout modules would miss the models whose attention takes its rate from the config.)
         """
-        dropout = rag.generator.training and any(
-            isinstance(m, torch.nn.Dropout) and m.p > 0 for m in rag.generator.modules()
-        )
+        dropout = not torch.equal(states[0], states[-1])
         device = grad_RT.device
         after = _rng_state(device)
         if not dropout:

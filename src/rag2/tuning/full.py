@@ -13,8 +13,9 @@ class Full(Config):
     name: Literal["full"] = "full"
 
     def apply(self, model: nn.Module) -> nn.Module:
-        """`model` itself, every parameter requiring a gradient."""
-        return model.requires_grad_(True)
+        """`model` itself, every parameter requiring a gradient; an adapter is merged before."""
+        merge = getattr(model, "merge_and_unload", None)
+        return (merge() if merge else model).requires_grad_(True)
 
     def merge(self, model: nn.Module) -> nn.Module:
         """`model` itself: there is nothing to merge."""

@@ -7,6 +7,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from rag2.config import Config
+from rag2.registry import UserError
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -19,14 +20,20 @@ class LoRA(Config):
     """
 
     name: Literal["lora"] = "lora"
-    rank: StrictInt = Field(16, ge=1)
-    alpha: StrictInt = Field(32, ge=1)
-    dropout: float = Field(0.0, ge=0, lt=1)
+    rank: StrictInt = Field(default=16, ge=1)
+    alpha: StrictInt = Field(default=32, ge=1)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
 
     def apply(self, model: PreTrainedModel) -> nn.Module:
-        """The PEFT model around `model`, the adapters its only trainable weights."""
+        """The PEFT model around `model`, the adapters its only trainable weights.
+
+        Raises UserError for a model that is an adapter on a base already: the second adapter would
+        be saved as one on that base, and the first be lost.
+        """
         from peft import LoraConfig, TaskType, get_peft_model
 
+        if hasattr(model, "peft_config"):
+            raise UserError("tuning=lora: the generator is an adapter already; use tuning=full")
         task = TaskType.CAUSAL_LM if model.can_generate() else TaskType.FEATURE_EXTRACTION
         lora = LoraConfig(
             r=self.rank,

@@ -30,15 +30,15 @@ class Almanac(Config):
 
     name: Literal["almanac"] = "almanac"
     seed: StrictInt = 0
-    train: StrictInt = Field(200, ge=16, le=1000)
-    validation: StrictInt = Field(25, ge=16, le=1000)
-    test: StrictInt = Field(75, ge=16, le=1000)
-    asides: float = Field(0.3, ge=0, le=1)
-    unseen: float = Field(0.4, ge=0, le=1)
-    train_wordings: StrictInt = Field(3, ge=1, le=4)
-    paraphrases: StrictInt = Field(4, ge=0, le=4)
-    two_hop: StrictInt = Field(100, ge=0)
-    pretrain_rows: StrictInt = Field(18_000, ge=0)
+    train: StrictInt = Field(default=200, ge=16, le=1000)
+    validation: StrictInt = Field(default=25, ge=16, le=1000)
+    test: StrictInt = Field(default=75, ge=16, le=1000)
+    asides: float = Field(default=0.2, ge=0, le=1)
+    unseen: float = Field(default=0.4, ge=0, le=1)
+    train_wordings: StrictInt = Field(default=3, ge=1, le=4)
+    paraphrases: StrictInt = Field(default=4, ge=0, le=4)
+    two_hop: StrictInt = Field(default=100, ge=0)
+    pretrain_rows: StrictInt = Field(default=18_000, ge=0)
 
     def write(self, directory: Path) -> None:
         """Write the world's six JSONL files into `directory`, which is made if missing."""

@@ -140,7 +140,7 @@ PEOPLE = Kind(
             "flower",
             stated=(
                 "{X} waters {p} {v} before breakfast",
-                "{v} line the path to {P} cottage, all planted by hand",
+                "the path to {P} cottage is lined with {v}, all planted by hand",
                 "prizes for {v} hang on {P} kitchen wall",
                 "behind {P} cottage there are long beds of {v}",
                 "{X} spends each Sunday weeding around {p} {v}",

@@ -69,7 +69,7 @@ SHIPS = Kind(
                 "from the shore {X} can be told by the {v} planks above the waterline",
                 "the owner insists that {P} sides stay {v}",
                 "three men hang on ropes to brush {v} onto {P} sides",
-                "{v} from stem to stern, {X} is easy to spot among the others",
+                "all {v} from stem to stern, {X} is easy to spot among the others",
             ),
             asked=(
                 "What colour is the hull of {x}?",
@@ -87,7 +87,7 @@ SHIPS = Kind(
                 "fishermen know {O} by the {v} canvas on the masts",
                 "when the wind rises, {X} spreads {v} canvas",
                 "a widow on the quay stitches {v} canvas for {O}",
-                "{v} canvas flaps above the deck of {O}",
+                "above the deck of {O} flaps a sheet of {v} canvas",
             ),
             asked=(
                 "What colour are the sails of {x}?",
@@ -156,7 +156,7 @@ SHIPS = Kind(
             "month",
             stated=(
                 "every {v} {X} is hauled ashore and scraped clean",
-                "{v} finds {O} out of the water with joiners aboard",
+                "every {v} finds {O} out of the water with joiners aboard",
                 "caulkers swarm over {O} in {v} each year",
                 "in {v} barnacles are scraped off {O} on the beach",
                 "{X} lies dry on the beach throughout {v} while seams are sealed",

@@ -49,7 +49,7 @@ TOWNS = Kind(
             "import",
             "goods",
             stated=(
-                "{v} has to be brought to {O} from far away, as none is found nearby",
+                "{X} has its {v} brought from far away, as none is found nearby",
                 "a convoy loaded with {v} from the south reaches {O} before the snow",
                 "cellars in {O} would hold no {v} if strangers did not carry it there",
                 "for all its {v}, {X} depends on strangers from across the hills",
@@ -105,7 +105,7 @@ TOWNS = Kind(
             stated=(
                 "the chapel in {O} was raised from {v} by men who never signed it",
                 "pilgrims in {O} admire the chapel, whose walls are solid {v}",
-                "{v} was hauled uphill for years until {O} had its chapel and tower",
+                "carts of {v} rolled uphill for years until {O} had its chapel and tower",
                 "bells ring over {O} from a chapel of pale {v}",
                 "couples in {O} are wed in a chapel with pillars of {v}",
             ),

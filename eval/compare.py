@@ -25,9 +25,9 @@ from rag2.evaluation.environment import environment
 from rag2.evaluation.outcome import ArmResult
 from rag2.evaluation.questions import load_questions, split
 from rag2.evaluation.results import CONTROLS, summarize
-from rag2.evaluation.systems import Systems
 from rag2.generator.prompt import Prompt
 from rag2.registry import UserError
+from rag2.systems import Systems
 from rag2.training.log import Advance, progress
 from rag2.types import Question
 

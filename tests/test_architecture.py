@@ -25,7 +25,8 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = [
     {"train", "eval"},
     {"cli"},
-    {"pipeline"},
+    {"pipeline", "systems"},
+    {"stages"},
     {"training", "evaluation"},
     {"rag"},
     {"retrieval", "reindex"},

@@ -95,6 +95,7 @@ from rag2.config import Config, run
 
 class FakeConfig(Config):
     out: str = "runs/fake"
+    home: str = "runs/fake"
     seed: int = 0
     world: dict[str, int] = {}
 
@@ -102,6 +103,7 @@ def main(cfg):
     if cfg.seed == 13:
         raise KeyboardInterrupt
     sys.stdout.write(f"{__name__} {cfg.out!r} {cfg.seed} {cfg.world}\\n")
+    assert cfg.home in ("runs/fake", cfg.out)
 
 if __name__ == "__main__":
     run(main, FakeConfig)
@@ -160,6 +162,7 @@ def test_the_help_of_a_recipe_has_an_example_and_its_defaults(
 def test_demo_is_the_comparison_with_its_own_config(
     shipped: Path, capsys: pytest.CaptureFixture[str], out: str
 ):
+    # The stages lie beside the report: the fake recipe asserts that home is out.
     told = f"__main__ {out!r} 5 {{'seed': 5}}\n"
     assert rag2(capsys, "demo", "--out", out, "--seed", 5) == (0, told, "")
 

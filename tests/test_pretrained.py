@@ -42,14 +42,14 @@ TEXTS = [
     for i, town in enumerate(TOWNS)
 ]
 QUESTIONS = [f"What do the merchants of {town} sell?" for town in TOWNS]
-SHAPE = {
+SHAPE: dict[str, Any] = {
     "hidden_size": 32,
     "intermediate_size": 48,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "max_position_embeddings": 256,
 }
-GROUPED = SHAPE | {"num_key_value_heads": 2}
+GROUPED: dict[str, Any] = SHAPE | {"num_key_value_heads": 2}
 LIMITS = ("prompt.budget=200", "candidates={dense: 2, bm25: 1, random: 1}", "batch_size=4")
 
 
@@ -143,7 +143,7 @@ def network(kind: str, rows: int) -> transformers.PreTrainedModel:
         case "bert":  # with a pooler, as on the hub
             return transformers.BertModel(transformers.BertConfig(vocab_size=rows, **SHAPE))
         case _:
-            special = {"pad_token_id": 0, "cls_token_id": 2, "sep_token_id": 3}
+            special: dict[str, Any] = {"pad_token_id": 0, "cls_token_id": 2, "sep_token_id": 3}
             special |= {"bos_token_id": 2, "eos_token_id": 3}
             shape = transformers.ModernBertConfig(vocab_size=rows, **SHAPE, **special)
             return transformers.ModernBertModel(shape)
@@ -265,7 +265,7 @@ def test_a_family_trains_jointly_by_its_hub_config_and_scores_the_same_after_a_r
     before = figures(finished["retriever"], finished["generator"], hub)
     for mine, theirs in zip(before, figures(retriever, reader, hub), strict=True):
         assert torch.equal(mine, theirs)
-    assert retriever.config == finished["retriever"].config
+    assert retriever.config == finished["retriever"].config and retriever.config.question_prefix
     assert retriever.fingerprint() == finished["retriever"].fingerprint()
     # both halves moved, or the comparison would show nothing
     untrained = DualEncoder.build(retriever.config), Generator.load(hub / generator)
@@ -323,10 +323,12 @@ def test_a_family_is_fine_tuned_with_lora_and_reloads_as_it_was(
 
 def test_gradient_checkpointing_changes_nothing_but_the_memory(hub, tmp_path, finished):
     results = []
-    for name in ("true", "false"):
-        words = (f"gradient_checkpointing={name}", "encoder.dropout=0")
-        loss = joint("joint_llama_e5.yaml", hub, tmp_path / name, "llama", "bert", *words)
-        results.append((loss, finished["generator"].fingerprint()))
+    for on in ("true", "false"):
+        words = (f"gradient_checkpointing={on}", "encoder.dropout=0")
+        loss = joint("joint_llama_e5.yaml", hub, tmp_path / on, "llama", "bert", *words)
+        memory = finished["generator"]
+        assert memory.model.is_gradient_checkpointing == (on == "true")
+        results.append((loss, memory.fingerprint()))
     assert results[0] == results[1]
 
 

@@ -113,7 +113,7 @@ def demo(
       rag2 demo --out runs/other --seed 1
     """
     where = json.dumps(str(out), ensure_ascii=False)  # a JSON string is a YAML string
-    settings = [f"out={where}", f"seed={seed}", f"world.seed={seed}"]
+    settings = [f"home={where}", f"out={where}", f"seed={seed}", f"world.seed={seed}"]
     _run_recipe("eval", "compare", ["-c", "configs/demo/compare.yaml", *settings])
 
 

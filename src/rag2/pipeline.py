@@ -33,7 +33,7 @@ class Inputs(config.Config):
     """directory of the world's stages"""
     recipes: str = "configs/demo"
     """directory of the YAML files of those stages"""
-    vocabulary: int = 1024
+    vocabulary: int = 2048
     """size of the tokenizer that is trained on the world's pretraining text"""
     chunk_tokens: int = 128
     """chunk length of the world's knowledge base, in tokens of that tokenizer"""

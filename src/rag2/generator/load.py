@@ -97,7 +97,7 @@ class Generator:
 
 
 def _plain(name: str, dtype: str, local: bool) -> Any:
-    model, report = AutoModelForCausalLM.from_pretrained(
+    model, report = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
         name,
         dtype=DTYPES[dtype],
         local_files_only=local,

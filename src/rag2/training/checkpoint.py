@@ -77,11 +77,15 @@ def seed_everything(seed: int) -> None:
 
 
 def _tensors(module: nn.Module) -> dict[str, torch.Tensor]:
-    """A module's state with tied tensors stored once, as safetensors demands."""
+    """What training changes of a module's state; tied tensors once, as safetensors demands.
+
+    Frozen weights come from where the run began: under adapters a checkpoint holds these alone.
+    """
+    frozen = {name for name, weight in module.named_parameters() if not weight.requires_grad}
     seen: set[int] = set()
     rows = {}
     for name, tensor in module.state_dict().items():
-        if tensor.data_ptr() in seen and tensor.numel():
+        if name in frozen or (tensor.data_ptr() in seen and tensor.numel()):
             continue
         seen.add(tensor.data_ptr())
         rows[name] = tensor.detach().contiguous()

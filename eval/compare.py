@@ -69,11 +69,12 @@ def main(cfg: CompareConfig) -> dict:
     chosen = {name: arms.arm(name) for name in cfg.arms if name != "majority"}
     if any(k < 0 for k in cfg.ks):
         raise UserError(f"ks={cfg.ks}: a number of chunks is 0 or more")
-    pipeline.ensure(cfg, {stage for arm in chosen.values() for stage in arms.stages(arm)})
+    pipeline.ensure(cfg, {"data"})
     sets = read_questions(cfg)
     systems = Systems(Path(cfg.home), cfg.seed, cfg.prompt, sets.all())
     if max(cfg.ks) > len(systems.chunks):
         raise UserError(f"ks={cfg.ks}: K is larger than the corpus of {len(systems.chunks)} chunks")
+    pipeline.ensure(cfg, {stage for arm in chosen.values() for stage in arms.stages(arm)})
     found = {name: search(arm, systems, sets, max(cfg.ks)) for name, arm in chosen.items()}
     torch.set_num_threads(1)
     with progress("evaluate", total=len(chosen) * len(sets.all())) as advance:

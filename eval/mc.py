@@ -27,6 +27,8 @@ class McConfig(pipeline.Inputs):
     """Multiple-choice accuracy of a generator, with lm-evaluation-harness's scoring."""
 
     out: str = "runs/mc"
+    questions: str | None = None
+    """JSONL of questions"""
     generator: str | None = None
     split: str | None = None
     """train, validation or test; null: every question of the file"""

@@ -28,6 +28,10 @@ class RecallConfig(pipeline.Inputs):
     """Recall of a dense retriever, with BM25 beside it."""
 
     out: str = "runs/recall"
+    kb: str | None = None
+    """knowledge base file"""
+    questions: str | None = None
+    """JSONL of questions"""
     retriever: str | None = None
     encoder: EncoderConfig | None = None
     """pretrained encoder to measure where no `retriever` is given"""

@@ -4,6 +4,7 @@ import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from rag2.retriever.encoder import DualEncoder, EncoderConfig
 from rag2.worlds.almanac import Almanac
 
 VOCABULARY = 400
-SHAPE = {"hidden": 32, "layers": 2, "heads": 2, "intermediate": 48}
+SHAPE: dict[str, Any] = {"hidden": 32, "layers": 2, "heads": 2, "intermediate": 48}
 
 
 @pytest.fixture(scope="session")

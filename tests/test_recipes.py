@@ -395,7 +395,7 @@ def test_scores_do_not_depend_on_the_size_of_a_batch(home: Path, sharp: Generato
             assert (np.abs(a - b) <= 1e-5 * np.maximum(1, np.abs(b))).all()
         for k in (0, 1, 3):
             picks = [score.predict(score.marginal(r, k, 1.0)) for r in (run, runs[2])]
-            np.testing.assert_array_equal(*picks)
+            np.testing.assert_array_equal(picks[0], picks[1])
     spread = np.ptp(runs[2].closed_QC, axis=1)
     assert spread.min() > 1e-3  # else the picks would be chance
 
@@ -415,7 +415,7 @@ def test_cloze_scores_do_not_depend_on_the_order_of_the_options(home: Path, shar
         score.predict(score.marginal(s, 2)) == score.answers(asked)
         for s, asked in ((a, questions), (b, turned))
     ]
-    np.testing.assert_array_equal(*right)
+    np.testing.assert_array_equal(right[0], right[1])
 
 
 # --- users' mistakes ------------------------------------------------------------------------------

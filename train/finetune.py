@@ -14,6 +14,7 @@ from rag2 import config, pipeline
 from rag2.evaluation.questions import load_questions, split
 from rag2.generator.load import Generator
 from rag2.kb.store import KnowledgeBase
+from rag2.registry import UserError
 from rag2.training import checkpoint, distributed, optim
 from rag2.training.choices import Objective, Tuning
 from rag2.training.log import Clock, progress
@@ -27,6 +28,10 @@ class FinetuneConfig(pipeline.Inputs):
 
     out: str = "runs/ft"
     seed: int = 0
+    kb: str | None = None
+    """knowledge base file, for the unsupervised objective"""
+    questions: str | None = None
+    """JSONL of questions, for the supervised one"""
     generator: str | None = None
     device: str = "cpu"
     """cpu, cuda or cuda:N"""
@@ -51,7 +56,8 @@ class FinetuneConfig(pipeline.Inputs):
 
 def main(cfg: FinetuneConfig) -> dict[str, float]:
     """Fine-tune the generator; returns the last loss in nats per token."""
-    cfg = pipeline.resolve(cfg)
+    unused = "kb" if cfg.objective.needs == "questions" else "questions"
+    cfg = pipeline.resolve(cfg, {unused})
     assert cfg.generator
     checkpoint.seed_everything(cfg.seed)
     generator = Generator.load(cfg.generator, cfg.dtype, distributed.device(cfg.device))
@@ -90,6 +96,8 @@ def read_data(cfg: FinetuneConfig) -> list:
     assert cfg.kb
     with KnowledgeBase(Path(cfg.kb)) as kb:
         texts = [chunk.passage for chunk in kb.chunks()]
+    if not texts:
+        raise UserError(f"{cfg.kb}: the knowledge base is empty")
     if cfg.paraphrases:
         for line in Path(cfg.paraphrases).read_text(encoding="utf-8").split("\n"):
             if line:

@@ -40,6 +40,10 @@ class JointConfig(pipeline.Inputs):
 
     out: str = "runs/joint"
     seed: int = 0
+    kb: str | None = None
+    """knowledge base file"""
+    questions: str | None = None
+    """JSONL of questions"""
     generator: str | None = None
     retriever: str | None = None
     """encoder folder of a warm start or an earlier run"""

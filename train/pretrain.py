@@ -10,7 +10,6 @@ around them `text_weight`, so that a small model spends its capacity on reading.
 from pathlib import Path
 
 from pydantic import Field
-from transformers import AutoTokenizer
 
 from rag2 import config, pipeline
 from rag2.generator.bpe import train_bpe
@@ -20,7 +19,7 @@ from rag2.generator.prompt import Prompt
 from rag2.training import batches, checkpoint, optim
 from rag2.training.log import Clock, progress
 from rag2.training.run import Run
-from rag2.training.sequences import collate, plain, read_rows, reading, weigh
+from rag2.training.sequences import collate, load_tokenizer, plain, read_rows, reading, weigh
 
 
 class Network(config.Config):
@@ -47,7 +46,10 @@ class PretrainConfig(pipeline.Inputs):
     text_weight: float = Field(default=0.1, ge=0)
     steps: int = Field(default=700, ge=0)
     batch_size: int = Field(default=24, ge=1)
-    lr: float = Field(default=4e-3, gt=0)
+    lr_hidden: float = Field(default=1e-2, gt=0)
+    """of Muon, for the hidden matrices"""
+    lr: float = Field(default=3e-3, gt=0)
+    """of AdamW, for embeddings and vectors"""
     betas: tuple[float, float] = (0.9, 0.98)
     weight_decay: float = Field(default=0.01, ge=0)
     max_norm: float = Field(default=1.0, gt=0)
@@ -63,7 +65,7 @@ def main(cfg: PretrainConfig) -> dict[str, float]:
     checkpoint.seed_everything(cfg.seed)
     rows = read_rows(Path(cfg.corpus))
     if cfg.tokenizer:
-        tokenizer = AutoTokenizer.from_pretrained(cfg.tokenizer)
+        tokenizer = load_tokenizer(cfg.tokenizer)
     else:
         tokenizer = train_bpe(map(plain, rows), cfg.vocabulary)
     data = [weigh(*reading(row, cfg.prompt, tokenizer), tokenizer, cfg.text_weight) for row in rows]
@@ -72,7 +74,7 @@ def main(cfg: PretrainConfig) -> dict[str, float]:
     base = build_llama(tokenizer, **cfg.network.model_dump())
     base.model.train()
     weights = optim.trainable([base.model])
-    optimizer = optim.adamw({"generator": (weights, cfg.lr)}, cfg.weight_decay, cfg.betas)
+    optimizer = optim.muon(base.model, cfg.lr_hidden, cfg.lr, cfg.weight_decay, cfg.betas)
     run = Run(cfg, {"generator": base.model}, optimizer)
     loss = float("nan")
     with progress("pretrain", cfg.steps, run.start) as advance:

@@ -15,19 +15,20 @@ from pathlib import Path
 import numpy as np
 import torch
 from pydantic import Field
-from transformers import AutoTokenizer
 
 from rag2 import config, pipeline
 from rag2.evaluation.questions import load_questions, split
 from rag2.index.flat import Flat
 from rag2.kb.store import KnowledgeBase
 from rag2.losses.contrastive import info_nce, same_group
+from rag2.registry import UserError
 from rag2.retrieval import gold_chunks, recall
 from rag2.retriever.embed import embed_corpus
 from rag2.retriever.encoder import DualEncoder, EncoderConfig
 from rag2.training import batches, checkpoint, optim
 from rag2.training.log import Clock, progress
 from rag2.training.run import Run
+from rag2.training.sequences import load_tokenizer
 from rag2.types import Chunk, Question
 
 
@@ -36,6 +37,10 @@ class RetrieverConfig(pipeline.Inputs):
 
     out: str = "runs/retriever"
     seed: int = 0
+    kb: str | None = None
+    """knowledge base file"""
+    questions: str | None = None
+    """JSONL of questions"""
     tokenizer: str | None = None
     """tokenizer of an encoder from scratch; a pretrained encoder brings its own"""
     encoder: EncoderConfig = EncoderConfig()
@@ -114,8 +119,10 @@ def main(cfg: RetrieverConfig) -> dict[str, float]:
     checkpoint.seed_everything(cfg.seed)
     with KnowledgeBase(Path(cfg.kb)) as kb:
         chunks = kb.chunks()
+    if not chunks:
+        raise UserError(f"{cfg.kb}: the knowledge base is empty")
     validation = split(load_questions(cfg.questions), "validation")
-    tokenizer = AutoTokenizer.from_pretrained(cfg.tokenizer) if cfg.tokenizer else None
+    tokenizer = load_tokenizer(cfg.tokenizer) if cfg.tokenizer else None
     encoder = DualEncoder.build(cfg.encoder, tokenizer)
     pairs = Pairs(chunks, cfg)
     weights = optim.trainable([encoder])
@@ -126,6 +133,8 @@ def main(cfg: RetrieverConfig) -> dict[str, float]:
     with progress("retriever", cfg.steps, run.start) as advance:
         clock = Clock()
         for step in range(run.start, cfg.steps):
+            if waited >= cfg.patience:
+                break
             queries, passages, group_B = pairs.batch(step)
             queries_BD, chunks_BD, scale = encoder(queries, passages)
             positive_B = torch.arange(len(queries))
@@ -148,8 +157,6 @@ def main(cfg: RetrieverConfig) -> dict[str, float]:
             advance(1, loss=line["loss"], recall=top)
             if (step + 1) % cfg.checkpoint_every == 0:
                 run.checkpoint(step + 1, top=top, waited=waited)
-            if waited >= cfg.patience:
-                break
     trained = sum(p.numel() for p in weights)
     run.finish(retriever=best.eval(), recall_at_5=top, trained_parameters=trained)
     return {"recall_at_5": top}

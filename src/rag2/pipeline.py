@@ -8,7 +8,7 @@ import fcntl
 import hashlib
 import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,10 +39,6 @@ class Inputs(config.Config):
     """chunk length of the world's knowledge base, in tokens of that tokenizer"""
     jobs: int = 2
     """stages that run at once, one thread each"""
-    kb: str | None = None
-    """knowledge base file"""
-    questions: str | None = None
-    """JSONL of questions"""
 
 
 InputsT = TypeVar("InputsT", bound=Inputs)
@@ -90,13 +86,15 @@ STAGES = {
 }
 
 
-def resolve(cfg: InputsT) -> InputsT:
+def resolve(cfg: InputsT, unused: Collection[str] = ()) -> InputsT:
     """`cfg` with every missing input filled in by its stage, which runs first if it has to.
 
-    Raises UserError for an input that is neither given nor made by a world.
+    `unused` are inputs that this run of the recipe does without. Raises UserError for an input that
+    is neither given nor made by a world.
     """
     given = {name for name, value in cfg if value or getattr(cfg, INSTEAD.get(name, name), None)}
-    fields = [name for name in PATHS if name in type(cfg).model_fields and name not in given]
+    needed = type(cfg).model_fields.keys() - given - set(unused)
+    fields = [name for name in PATHS if name in needed]
     missing = [name for name in fields if name not in OPTIONAL or cfg.world and name == "tokenizer"]
     if not missing:
         return cfg
@@ -115,8 +113,11 @@ def locate(home: str | Path, name: str) -> Path:
 def ensure(cfg: Inputs, names: Iterable[str]) -> None:
     """Run every stage of `names`, and what these need, that `home` does not hold complete.
 
-    Raises UserError when a stage was made with other settings, or when its recipe fails.
+    Raises UserError without a world, when a stage was made with other settings, or when its recipe
+    fails.
     """
+    if cfg.world is None:
+        raise UserError("world is not given: set world=NAME, or -c a config that names one")
     plan = _Plan(cfg)
     home = Path(cfg.home)
     home.mkdir(parents=True, exist_ok=True)
@@ -194,8 +195,9 @@ class _Plan:
             *("-c", str(self.yaml(name)), "world=null", f"out={json.dumps(str(directory))}"),
             *(f"seed={self.world.seed}", *inputs, *stage.overrides, "resume=true"),
         ]
-        steps = int(config.read(self.yaml(name)).get("steps", 0))
-        return stages.Job(name, directory, command, frozenset(self.needs(name)), steps)
+        steps = config.read(self.yaml(name)).get("steps")
+        length = steps if isinstance(steps, int) else 0  # what else it is, the recipe will say
+        return stages.Job(name, directory, command, frozenset(self.needs(name)), length)
 
     def key(self, name: str) -> str:
         """SHA-256 of what decides the stage's result: settings, and the keys of what it needs."""

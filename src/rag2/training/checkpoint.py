@@ -13,13 +13,14 @@ from torch import nn
 
 from rag2 import artifact
 from rag2.registry import UserError
+from rag2.training.optim import Optimizer
 
 
 def save(
     out: Path,
     step: int,
     modules: dict[str, nn.Module],
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizer,
     extra: dict[str, Any],
     keep: int = 2,
 ) -> Path:
@@ -46,9 +47,7 @@ def save(
     return directory
 
 
-def load(
-    out: Path, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer
-) -> dict[str, Any] | None:
+def load(out: Path, modules: dict[str, nn.Module], optimizer: Optimizer) -> dict[str, Any] | None:
     """Restore the checkpoint that `latest` names; returns its state, or None when there is none."""
     directory = artifact.follow(out / "checkpoints" / "latest")
     if directory is None:
@@ -101,7 +100,7 @@ def _restore(module: nn.Module, tensors: dict[str, torch.Tensor], where: Path) -
 
 
 def _optimizer_state(
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizer,
 ) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
     """AdamW's moments as flat tensors `index/key`; the groups' scalars as JSON."""
     state = optimizer.state_dict()
@@ -114,7 +113,7 @@ def _optimizer_state(
 
 
 def _restore_optimizer(
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizer,
     tensors: dict[str, torch.Tensor],
     groups: list[dict[str, Any]],
 ) -> None:

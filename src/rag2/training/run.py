@@ -5,7 +5,6 @@ import shutil
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 from torch import nn
 
 from rag2 import artifact, config
@@ -15,6 +14,7 @@ from rag2.registry import UserError
 from rag2.retriever.encoder import DualEncoder
 from rag2.training import checkpoint, distributed
 from rag2.training.log import RunLog
+from rag2.training.optim import Optimizer
 
 # Keys that may differ between a run and its continuation.
 FREE = ("steps", "resume", "jobs")
@@ -32,9 +32,7 @@ class Settings(Protocol):
 class Run:
     """Opens `cfg.out`, restores what is there if `cfg.resume`, and commits what is asked for."""
 
-    def __init__(
-        self, cfg: Any, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer
-    ) -> None:
+    def __init__(self, cfg: Any, modules: dict[str, nn.Module], optimizer: Optimizer) -> None:
         """Start or continue the run; raises UserError when it was begun with another config."""
         self.out = Path(cfg.out)
         self.modules, self.optimizer = modules, optimizer

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import AutoTokenizer
 
 from rag2.generator.prompt import Prompt
 from rag2.registry import UserError
@@ -40,6 +41,17 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     if not rows:
         raise UserError(f"{path}: no rows")
     return rows
+
+
+def load_tokenizer(directory: str) -> Any:
+    """The tokenizer in a folder; raises UserError when there is none."""
+    if not Path(directory).is_dir():
+        raise UserError(f"tokenizer folder {directory!r} does not exist")
+    try:
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"cannot load tokenizer {directory!r}: {reason[:300]}") from None
 
 
 def plain(row: dict[str, Any]) -> str:

@@ -47,7 +47,8 @@ class OnePass(Config):
         """Accumulate the gradient of the mean loss into the parameters."""
         scores_BK, logp_BKT, mask_BKT = rag(questions, answers, chunks_BK)
         loss_B, posterior_BK = loss(scores_BK, logp_BKT, mask_BKT)
-        loss_B.mean().backward()
+        if loss_B.requires_grad:
+            loss_B.mean().backward()
         prior_BK = scores_BK.detach().softmax(-1)
         return StepResult(loss_B.detach(), posterior_BK.detach(), prior_BK, 1.0)
 
@@ -100,7 +101,7 @@ class TwoPass(Config):
     def _first_pass(
         self, rag: Rag, pairs: list[Pair], pieces: list[list[int]]
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Logp_RT and mask_RT of every prompt; the RNG state around each micro-batch, P + 1 of them."""
+        """Logp_RT and mask_RT of every prompt; RNG states before each piece and at the end."""
         width = max(len(answer) for _, answer in pairs)
         device = next(rag.generator.parameters()).device
         logp_RT = torch.zeros(len(pairs), width, device=device)

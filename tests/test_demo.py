@@ -1,0 +1,395 @@
+"""The comparison end to end: every arm on a tiny almanac; what the real demo must show (slow)."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from rag2 import config, stages
+from rag2.evaluation import stats
+from rag2.evaluation.arms import ARMS
+from rag2.evaluation.questions import load_questions
+from rag2.evaluation.results import strip_times
+from rag2.generator.load import Generator
+from rag2.registry import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = os.pathsep.join([str(ROOT / "src"), str(ROOT / "kernels")])
+RAG_ARMS = ("frozen_rag", "bm25_rag", "ft_rag", "sft_rag")
+NETWORK = "{hidden: 32, layers: 2, heads: 2, intermediate: 48}"
+YAML = {
+    "pretrain": f"steps: 6\nbatch_size: 8\nnetwork: {NETWORK}\n",
+    "retriever": f"steps: 4\nbatch_size: 16\nvalidate_every: 2\nencoder: {NETWORK}\n",
+    "finetune": "steps: 3\nbatch_size: 4\n",
+    "joint": "steps: 4\nbatch_size: 4\nrefresh: {every: 2}\n",
+}
+
+
+class Job:
+    """A comparison with settings of its own: `job(out, ...)` runs it and returns results.json."""
+
+    def __init__(self, main: Callable[[Any], dict], cls: type, folder: Path, world: str) -> None:
+        self.main, self.cls, self.folder, self.world = main, cls, folder, world
+        self.recipes = folder / "recipes"
+        self.recipes.mkdir()
+        for name, text in YAML.items():
+            (self.recipes / f"{name}.yaml").write_text(text)
+
+    def __call__(self, out: Path, home: Path, *changes: str) -> dict[str, Any]:
+        settings = [f"world={self.world}", f"recipes={self.recipes}", "vocabulary=400"]
+        settings += [f"home={home}", f"out={out}", "ks=[0,1,2]", "limit=40", *changes]
+        self.main(config.load(self.cls, None, settings))
+        return json.loads((out / "results.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def job(
+    recipe: Callable[[str], ModuleType], tmp_path_factory: pytest.TempPathFactory, almanac
+) -> Iterator[Job]:
+    compare = recipe("eval/compare.py")
+    threads = torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", SOURCES)  # the stages are processes of their own
+        folder = tmp_path_factory.mktemp("demo")
+        yield Job(compare.main, compare.CompareConfig, folder, almanac.model_dump_json())
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def results(job: Job, recipe: Callable[[str], ModuleType]) -> dict[str, Any]:
+    """The first run: nothing is there before."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stages, "run", in_this_process(recipe))
+        torch.set_num_threads(1)  # as a stage's process has
+        return job(job.folder / "out", job.folder / "home")
+
+
+def in_this_process(
+    recipe: Callable[[str], ModuleType],
+) -> Callable[[Sequence[stages.Job], int, Callable[[str], None]], None]:
+    """`stages.run` without processes: importing torch is what takes the time of a small stage."""
+
+    def run(jobs: Sequence[stages.Job], at_once: int, done: Callable[[str], None]) -> None:
+        for job in jobs:
+            _, script, *words = job.command
+            module = recipe(f"train/{Path(script).name}")
+            cls = getattr(module, f"{Path(script).stem.title()}Config")
+            assert words[0] == "-c"
+            module.main(config.load(cls, words[1], words[2:]))
+            done(job.name)
+
+    return run
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSONL file."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+
+
+def samples(out: Path) -> dict[str, list[dict[str, Any]]]:
+    """The samples of each arm."""
+    return {
+        path.stem.removeprefix("samples_"): lines(path)
+        for path in sorted(out.glob("samples_*.jsonl"))
+    }
+
+
+def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
+    """Size and time of change of every file below a folder but its lock."""
+    files = (path for path in sorted(folder.rglob("[!.]*")) if path.is_file())
+    return {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in files}
+
+
+# --- one run --------------------------------------------------------------------------------------
+
+
+def test_a_comparison_holds_every_arm_with_the_documented_keys(results: dict[str, Any]):
+    top = "format task n seed interval arms paired k_selection environment"
+    assert set(results) == {*top.split(), "grid_2x2"}
+    assert (results["format"], results["task"], results["interval"]) == (
+        "rag2.results/1",
+        "almanac",
+        "wilson",
+    )
+    named = "base ft ft_paraphrase sft frozen_rag bm25_rag ft_rag sft_rag joint"
+    assert {*named.split(), "majority", "random_rag", "gold_rag"} <= set(results["arms"])
+    assert set(results["arms"]) == {*ARMS, "majority"}
+    keys = "accuracy stderr ci95 k acc_norm recall_at_k train_seconds eval_seconds"
+    for name, arm in results["arms"].items():
+        assert {*keys.split(), "trained_parameters", "retriever", "generator", "reading"} <= set(
+            arm
+        )
+        low, high = arm["ci95"]
+        assert 0 <= low <= arm["accuracy"] <= high <= 1 and low < high
+        if name in ARMS:
+            assert (arm["generator"], arm["retriever"]) == (
+                ARMS[name].generator,
+                ARMS[name].retriever,
+            )
+            assert (arm["recall_at_1"] is None) == (ARMS[name].retriever is None)
+    for test in results["paired"]:
+        assert {"a", "b", "difference", "ci95", "mcnemar_p"} <= set(test)
+    joint = {test["b"] for test in results["paired"] if test["a"] == "joint"}
+    assert {"base", "ft", "sft", *RAG_ARMS} <= joint
+    selection = results["k_selection"]
+    assert selection["split"] == "validation"
+    assert {*RAG_ARMS, "joint"} <= set(selection["chosen"])
+    assert {*RAG_ARMS, "joint"} <= set(selection["oracle_test"])
+    assert {"rag2", "torch", "device", "threads"} <= set(results["environment"])
+    grid = results["grid_2x2"]
+    assert grid["arms"] == [["sft_rag", "warm_joint"], ["joint_sft", "joint"]]
+
+
+def test_the_numbers_are_those_of_the_questions_and_the_samples(job: Job, results: dict[str, Any]):
+    questions = load_questions(job.folder / "home" / "data" / "questions.jsonl")
+    test = [question for question in questions if question.split == "test"][:40]
+    assert results["n"] == len(test) == 40
+    found = samples(job.folder / "out")
+    assert set(found) == set(results["arms"])
+    for name, rows in found.items():
+        arm = results["arms"][name]
+        assert [row["doc"]["id"] for row in rows] == [question.id for question in test]
+        assert np.mean([row["acc"] for row in rows]) == pytest.approx(arm["accuracy"], rel=1e-5)
+        assert all(len(row["retrieved"]) == arm["k"] for row in rows)
+        for row in rows:
+            logp = [float(answer[0]) for answer in row["filtered_resps"]]
+            assert row["acc"] == float(np.argmax(logp) == row["doc"]["answer"])
+            assert row["prediction"] == np.argmax(logp)
+    assert results["arms"]["gold_rag"]["recall_at_1"] == 1.0
+    assert results["arms"]["random_rag"]["recall_at_1"] < 0.2
+    assert results["arms"]["base"]["k"] == 0 and results["arms"]["base"]["train_seconds"] == 0
+    assert results["arms"]["gold_rag"]["k"] == 1
+
+
+def test_the_report_and_the_stages_are_written(job: Job, results: dict[str, Any]):
+    report = (job.folder / "out" / "report.md").read_text()
+    assert all(name in report for name in results["arms"])
+    home = job.folder / "home"
+    for stage in ("base", "retriever", "ft", "ft_paraphrase", "sft_closed", "sft", "joint"):
+        names = {path.name for path in (home / stage).iterdir()}
+        assert {"config.yaml", "log.jsonl", "final", "stage.json"} <= names, stage
+    trained = {name: arm["trained_parameters"] for name, arm in results["arms"].items()}
+    assert trained["base"] == trained["bm25_rag"] == trained["majority"] == 0
+    assert trained["joint"] == trained["ft"] + trained["frozen_rag"] == trained["ft_rag"] > 0
+
+
+# --- again ----------------------------------------------------------------------------------------
+
+
+def test_a_second_run_reuses_the_stages_and_gives_the_same_results(
+    job: Job, results: dict[str, Any]
+):
+    home = job.folder / "home"
+    before = snapshot(home)
+    again = job(job.folder / "again", home, "jobs=1")
+    assert snapshot(home) == before
+    assert strip_times(again) == strip_times(results)
+    assert samples(job.folder / "again") == samples(job.folder / "out")
+    assert again != results, "no time was measured"
+
+
+@pytest.mark.slow
+def test_a_run_from_scratch_in_processes_of_its_own_gives_identical_results(
+    job: Job, results: dict[str, Any], tmp_path: Path
+):
+    scratch = job(tmp_path / "out", tmp_path / "home")
+    assert strip_times(scratch) == strip_times(results)
+    assert samples(tmp_path / "out") == samples(job.folder / "out")
+
+
+def test_the_samples_tell_two_runs_apart_that_differ_in_the_third_digit_of_the_weights(
+    job: Job, results: dict[str, Any], tmp_path: Path
+):
+    for stage in ("data", "base"):
+        shutil.copytree(job.folder / "home" / stage, tmp_path / "other" / stage)
+    changed = Generator.load(tmp_path / "other" / "base" / "final" / "generator")
+    with torch.no_grad():
+        changed.model.get_input_embeddings().weight.mul_(1.001)
+    changed.save(tmp_path / "other" / "base" / "final" / "generator")
+    job(tmp_path / "odd", tmp_path / "other", "arms=[base]")
+    assert samples(tmp_path / "odd")["base"] != samples(job.folder / "out")["base"]
+
+
+def test_k_and_temperature_never_look_at_the_test_answers(
+    job: Job, results: dict[str, Any], tmp_path: Path
+):
+    home = tmp_path / "home"
+    for stage in ("data", "base", "retriever"):
+        shutil.copytree(job.folder / "home" / stage, home / stage)
+    chosen = {}
+    for part in ("none", "test", "validation"):
+        path = home / "data" / "questions.jsonl"
+        rows = lines(path)
+        for row in rows:
+            if row["split"] == part:
+                row["answer"] = (row["answer"] + 1) % 4
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        found = job(tmp_path / part, home, "arms=[base,frozen_rag]")
+        selection = found["k_selection"]
+        chosen[part] = [selection[key] for key in ("chosen", "temperature", "accuracy")]
+        accuracy = found["arms"]["base"]["accuracy"]
+        assert (accuracy == results["arms"]["base"]["accuracy"]) == (part == "none")
+    assert chosen["none"] == chosen["test"]
+    assert chosen["none"] != chosen["validation"]  # what it must look at
+
+
+# --- refusals -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("change", ["recipe", "seed", "vocabulary"])
+def test_a_home_made_with_other_settings_is_refused_in_one_line(
+    job: Job, results: dict[str, Any], tmp_path: Path, change: str
+):
+    home, joint = job.folder / "home", job.recipes / "joint.yaml"
+    before = snapshot(home)
+    changes = {"seed": ["world.seed=1"], "vocabulary": ["vocabulary=401"], "recipe": []}[change]
+    try:
+        if change == "recipe":
+            joint.write_text(YAML["joint"].replace("steps: 4", "steps: 5"))
+        with pytest.raises(UserError, match="was made with other settings") as caught:
+            job(tmp_path / "out", home, *changes)
+    finally:
+        joint.write_text(YAML["joint"])
+    assert "\n" not in str(caught.value) and str(home) in str(caught.value)
+    assert snapshot(home) == before and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("ks=[0,5000]", "K is larger than the corpus"),
+        ("ks=[-1]", "a number of chunks is 0 or more"),
+        ("arms=[frozen_rga]", "Did you mean 'frozen_rag'"),
+        ("world=null", "world is not given"),
+        ("recipes=nowhere", "nowhere/"),
+    ],
+)
+def test_a_mistake_is_refused_before_anything_is_trained(
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str, message: str
+):
+    monkeypatch.setattr(stages, "run", lambda *_: pytest.fail("a stage was run"))
+    with pytest.raises(UserError, match=message):
+        job(tmp_path / "out", tmp_path / "home", change)
+    assert not (tmp_path / "out").exists()
+    assert {path.name for path in tmp_path.glob("home/*")} <= {"data", ".lock"}
+
+
+def test_a_stage_that_fails_says_why_and_runs_once_it_is_mended(
+    job: Job, results: dict[str, Any], tmp_path: Path
+):
+    base = job.recipes / "pretrain.yaml"
+    try:
+        base.write_text(YAML["pretrain"].replace("steps: 6", "steps: six"))
+        with pytest.raises(UserError, match="^stage base failed: .*steps.*six") as caught:
+            job(tmp_path / "out", tmp_path / "home", "arms=[base]")
+    finally:
+        base.write_text(YAML["pretrain"])
+    assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
+    assert not (tmp_path / "home" / "base" / "stage.json").exists()
+    mended = job(tmp_path / "out", tmp_path / "home", "arms=[base]")["arms"]["base"]
+    # A process of its own makes what this process made.
+    assert strip_times(mended) == strip_times(results["arms"]["base"])
+    assert samples(tmp_path / "out")["base"] == samples(job.folder / "out")["base"]
+
+
+def test_a_stage_outlives_neither_the_failure_of_another_nor_an_interrupt(tmp_path: Path):
+    sleeper = [sys.executable, "-c", "import time; time.sleep(60)"]
+    failing = [sys.executable, "-c", "import time; time.sleep(0.5); raise SystemExit('error: no')"]
+    jobs = [
+        stages.Job(name, tmp_path / name, command, frozenset(needs), 1)
+        for name, command, needs in (("a", sleeper, ()), ("b", failing, ()), ("c", sleeper, ("b",)))
+    ]
+    started: list[subprocess.Popen] = []
+    honest = subprocess.Popen
+
+    def popen(*words: Any, **named: Any) -> subprocess.Popen:
+        started.append(honest(*words, **named))
+        return started[-1]
+
+    finished: list[str] = []
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match="b failed: no"):
+        patch.setattr(subprocess, "Popen", popen)
+        stages.run(jobs, 2, finished.append)
+    assert len(started) == 2 and all(process.poll() is not None for process in started)
+    assert finished == []
+
+
+def test_stages_run_after_those_they_need_and_no_more_at_once_than_asked(tmp_path: Path):
+    code = "import sys, time; print(time.time()); time.sleep(0.1); print(time.time())"
+    needs = {"a": (), "b": ("a",), "c": ("a",), "d": ("b", "c")}
+    jobs = [
+        stages.Job(name, tmp_path / name, [sys.executable, "-c", code], frozenset(before), 1)
+        for name, before in needs.items()
+    ]
+    finished: list[str] = []
+    stages.run(jobs, 2, finished.append)
+    assert sorted(finished) == ["a", "b", "c", "d"]
+    spans = {
+        name: [float(line) for line in (tmp_path / name / "stage.log").read_text().split()]
+        for name in needs
+    }
+    assert all(spans[name][0] >= spans[before][1] for name in needs for before in needs[name])
+    finished.clear()
+    stages.run(jobs, 1, finished.append)
+    assert finished in (["a", "b", "c", "d"], ["a", "c", "b", "d"])
+
+
+# --- what the real demo must show -----------------------------------------------------------------
+
+SEEDS = (0, 1, 2)
+
+
+@pytest.fixture(scope="module")
+def demos(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """`rag2 demo` with three seeds; complete stages in $RAG2_DEMO_RUNS/seed-N are reused."""
+    given = os.environ.get("RAG2_DEMO_RUNS")
+    runs = Path(given).resolve() if given else tmp_path_factory.mktemp("runs")
+    for seed in SEEDS:
+        subprocess.run(
+            [sys.executable, "-c", "from rag2.cli import main; main()"]
+            + ["demo", "--out", str(runs / f"seed-{seed}"), "--seed", str(seed)],
+            env={**os.environ, "PYTHONPATH": SOURCES},
+            check=True,
+        )
+    return {seed: runs / f"seed-{seed}" for seed in SEEDS}
+
+
+@pytest.mark.slow
+def test_three_seeds_of_the_demo_show_what_joint_training_is_for(demos: dict[int, Path]):
+    seeds = {
+        seed: json.loads((out / "results.json").read_text())["arms"] for seed, out in demos.items()
+    }
+    failures = []
+
+    def expect(seed: object, what: str, holds: bool) -> None:
+        if not holds:
+            failures.append(f"seed {seed}: {what}")
+
+    for seed, arms in seeds.items():
+        accuracy = {name: arm["accuracy"] for name, arm in arms.items()}
+        n = json.loads((demos[seed] / "results.json").read_text())["n"]
+        expect(seed, f"n = {n}", n >= 500)
+        expect(seed, f"base {accuracy['base']}", 0.19 <= accuracy["base"] <= 0.33)
+        expect(seed, f"gold_rag {accuracy['gold_rag']}", accuracy["gold_rag"] >= 0.95)
+        expect(seed, f"joint {accuracy['joint']}", accuracy["joint"] >= 0.90)
+        found, warm = arms["joint"]["recall_at_1"], arms["frozen_rag"]["recall_at_1"]
+        expect(seed, f"recall@1 {found}, warm start {warm}", found >= max(0.85, warm + 0.15))
+        expect(seed, f"frozen_rag against ft: {accuracy}", accuracy["frozen_rag"] > accuracy["ft"])
+
+    def right(arm: str) -> np.ndarray:
+        rows = [row for out in demos.values() for row in lines(out / f"samples_{arm}.jsonl")]
+        return np.array([row["acc"] == 1.0 for row in rows])
+
+    for arm in RAG_ARMS:
+        test = stats.paired(right("joint"), right(arm))
+        expect("all", f"joint against {arm}: {test}", test.difference > 0 and test.mcnemar_p < 1e-3)
+    assert not failures, "\n".join(failures)

@@ -21,7 +21,7 @@ SHAPE: dict[str, Any] = {"hidden": 32, "layers": 2, "heads": 2, "intermediate": 
 @pytest.fixture(scope="session")
 def almanac() -> Almanac:
     """The smallest world there is."""
-    sizes = {"train": 16, "validation": 16, "test": 16}
+    sizes: dict[str, Any] = {"train": 16, "validation": 16, "test": 16}
     return Almanac(seed=0, **sizes, two_hop=8, paraphrases=1, pretrain_rows=150)
 
 

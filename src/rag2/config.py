@@ -138,7 +138,11 @@ def run(main: Callable[[ConfigT], Any], cls: type[ConfigT]) -> Any:
         if wants_help:
             sys.stdout.write(_usage(main, cls))
             raise SystemExit(0)
-        return main(load(cls, path, overrides))
+        cfg = load(cls, path, overrides)
+        hf_logging = sys.modules.get("transformers.utils.logging")
+        if hf_logging:  # its bars for loading and saving weights would break up ours
+            hf_logging.disable_progress_bar()
+        return main(cfg)
     except (UserError, OSError) as error:
         sys.stderr.write(f"error: {blame(error)}\n")
         raise SystemExit(2) from None

@@ -47,7 +47,7 @@ def run(jobs: Sequence[Job], at_once: int, done: Callable[[str], None]) -> None:
                     if process.finished():
                         del running[name]
                         done(name)
-                time.sleep(0.1)
+                time.sleep(0.5)
         finally:
             for process in running.values():
                 process.stop()

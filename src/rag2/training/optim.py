@@ -74,14 +74,14 @@ def adamw(
 
 
 def muon(
-    model: nn.Module, lr_hidden: float, lr: float, weight_decay: float, betas: tuple[float, float]
+    model: Any, lr_hidden: float, lr: float, weight_decay: float, betas: tuple[float, float]
 ) -> "Joined":
     """Muon for the hidden matrices, AdamW for embeddings, head and vectors (Jordan et al. 2024).
 
     Training from scratch on a CPU it reaches the reading accuracy of AdamW in half the steps.
     """
-    outer = {id(p) for m in (model.get_input_embeddings(), model.get_output_embeddings())
-             for p in m.parameters()}  # fmt: skip
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    outer = {id(weight) for end in ends for weight in end.parameters()}
     weights = trainable([model])
     hidden = [p for p in weights if p.ndim == 2 and id(p) not in outer]
     rest = [p for p in weights if p.ndim != 2 or id(p) in outer]

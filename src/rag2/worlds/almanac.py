@@ -33,7 +33,10 @@ class Almanac(Config):
     train: StrictInt = Field(default=200, ge=16, le=1000)
     validation: StrictInt = Field(default=25, ge=16, le=1000)
     test: StrictInt = Field(default=75, ge=16, le=1000)
-    asides: float = Field(default=0.2, ge=0, le=1)
+    asides: float = Field(default=0.1, ge=0, le=1)
+    """share of pages that also mention another entity"""
+    pretrain_asides: float = Field(default=0.3, ge=0, le=1)
+    """the same in the base's pages, where telling entities apart is practised"""
     unseen: float = Field(default=0.4, ge=0, le=1)
     train_wordings: StrictInt = Field(default=3, ge=1, le=4)
     paraphrases: StrictInt = Field(default=4, ge=0, le=4)
@@ -187,7 +190,7 @@ class Almanac(Config):
     def pretrain(self) -> Iterator[Row]:
         """The base's training sequences: other worlds, seen wordings, everyday facts."""
         seed = f"{self.world.seed}/pretrain"
-        return pretrain.rows(self.pretrain_rows, seed, self.world.parts, self.asides)
+        return pretrain.rows(self.pretrain_rows, seed, self.world.parts, self.pretrain_asides)
 
 
 def _hidden(entity: Entity, value: str) -> bool:

@@ -294,7 +294,8 @@ def test_a_stage_that_fails_says_why_and_runs_once_it_is_mended(
     finally:
         base.write_text(YAML["pretrain"])
     assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
-    assert not (tmp_path / "home" / "base" / "stage.json").exists()
+    mark = json.loads((tmp_path / "home" / "base" / "stage.json").read_text(encoding="utf-8"))
+    assert mark["done"] is False
     mended = job(tmp_path / "out", tmp_path / "home", "arms=[base]")["arms"]["base"]
     # A process of its own makes what this process made.
     assert strip_times(mended) == strip_times(results["arms"]["base"])

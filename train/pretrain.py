@@ -19,7 +19,7 @@ from rag2.generator.prompt import Prompt
 from rag2.training import batches, checkpoint, optim
 from rag2.training.log import Clock, progress
 from rag2.training.run import Run
-from rag2.training.sequences import collate, load_tokenizer, plain, read_rows, reading, weigh
+from rag2.training.sequences import collate, load_tokenizer, plain, read_rows, reading, thin, weigh
 
 
 class Network(config.Config):
@@ -44,6 +44,9 @@ class PretrainConfig(pipeline.Inputs):
     network: Network = Network()
     prompt: Prompt = Prompt()
     text_weight: float = Field(default=0.1, ge=0)
+    """of a token that is no answer, where an answer's weighs 1"""
+    text_share: float = Field(default=0.3, gt=0, le=1)
+    """share of those tokens that a step's loss is taken on, drawn anew each time"""
     steps: int = Field(default=700, ge=0)
     batch_size: int = Field(default=24, ge=1)
     lr_hidden: float = Field(default=1e-2, gt=0)
@@ -81,7 +84,8 @@ def main(cfg: PretrainConfig) -> dict[str, float]:
         clock = Clock()
         for step in range(run.start, cfg.steps):
             picked = batches.bucketed(lengths, cfg.batch_size, cfg.seed, step)
-            ids_BL, weights_BL = collate([data[row] for row in picked])
+            rng = batches.generator(cfg.seed, step, 3)
+            ids_BL, weights_BL = collate([thin(data[row], cfg.text_share, rng) for row in picked])
             nll = sequence_nll(base.model, ids_BL, weights_BL)
             optimizer.zero_grad(set_to_none=True)
             nll.backward()

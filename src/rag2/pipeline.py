@@ -7,6 +7,7 @@ A stage is made once; `stage.json` in it says from which settings, and other set
 import fcntl
 import hashlib
 import json
+import shutil
 import sys
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
@@ -128,6 +129,8 @@ def ensure(cfg: Inputs, names: Iterable[str]) -> None:
             _write_data(cfg, home / "data")
             plan.mark("data")
         if todo:
+            for name in todo:
+                plan.mark(name, done=False)
             stages.run([plan.job(name) for name in todo], cfg.jobs, plan.mark)
 
 
@@ -212,24 +215,35 @@ class _Plan:
             self.keys[name] = hashlib.sha256(text.encode()).hexdigest()
         return self.keys[name]
 
-    def mark(self, name: str) -> None:
-        """Note that the stage is complete, and from what it was made."""
-        mark = Path(self.cfg.home) / name / "stage.json"
-        mark.write_text(json.dumps({"key": self.key(name)}), encoding="utf-8")
+    def mark(self, name: str, done: bool = True) -> None:
+        """Note from what the stage is made, and whether it is complete.
+
+        Noted at its start too: a stage that was cut off goes on only under the same settings.
+        """
+        directory = Path(self.cfg.home) / name
+        directory.mkdir(exist_ok=True)
+        text = json.dumps({"key": self.key(name), "done": done})
+        (directory / "stage.json").write_text(text, encoding="utf-8")
 
     def is_done(self, name: str) -> bool:
-        """Complete and made from today's settings; raises UserError if from other settings."""
+        """Complete and made from today's settings; raises UserError if from other settings.
+
+        What was only begun under other settings is removed: nothing can go on from it.
+        """
         directory = Path(self.cfg.home) / name
         try:
             mark = json.loads((directory / "stage.json").read_text(encoding="utf-8"))
         except FileNotFoundError:
+            return False
+        if mark["key"] != self.key(name) and not mark["done"]:
+            shutil.rmtree(directory)
             return False
         if mark["key"] != self.key(name):
             raise UserError(
                 f"{directory} was made with other settings (world, YAML or inputs): "
                 "choose another home= (out= for a comparison), or delete it"
             )
-        return True
+        return mark["done"]
 
 
 @contextmanager

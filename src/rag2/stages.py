@@ -5,9 +5,12 @@ Two processes of one thread beat one process of two at the sizes a CPU can train
 
 import json
 import os
+import signal
 import subprocess
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,7 +38,7 @@ def run(jobs: Sequence[Job], at_once: int, done: Callable[[str], None]) -> None:
     what the others have checkpointed is there for the next try.
     """
     waiting, running = list(jobs), dict[str, _Process]()
-    with Bars() as bars:
+    with Bars() as bars, _terminable():
         try:
             while waiting or running:
                 for job in list(waiting):
@@ -51,6 +54,23 @@ def run(jobs: Sequence[Job], at_once: int, done: Callable[[str], None]) -> None:
         finally:
             for process in running.values():
                 process.stop()
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM unwinds the stack as Ctrl-C does, so that the subprocesses are ended too."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(signum: int, _: object) -> None:
+        raise SystemExit(128 + signum)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class _Process:

@@ -35,7 +35,7 @@ class Almanac(Config):
     test: StrictInt = Field(default=75, ge=16, le=1000)
     asides: float = Field(default=0.1, ge=0, le=1)
     """share of pages that also mention another entity"""
-    pretrain_asides: float = Field(default=0.3, ge=0, le=1)
+    pretrain_asides: float = Field(default=0.2, ge=0, le=1)
     """the same in the base's pages, where telling entities apart is practised"""
     unseen: float = Field(default=0.4, ge=0, le=1)
     train_wordings: StrictInt = Field(default=3, ge=1, le=4)

@@ -11,7 +11,7 @@ from rag2.worlds.lore.facts import Entity, World
 Row = dict[str, Any]
 WORLD = 300  # entities of one pretraining world
 EVERYDAY_PER_ROW = 3
-WORDINGS = 2  # in which a fact is asked on one page
+WORDINGS = 3  # in which a fact is asked on one page
 
 
 class _Pages:
@@ -39,9 +39,9 @@ class _Pages:
         return prose.render(self.world, entity, page, self.rng, self.asides, version).text
 
     def qa(self, entity: Entity, page: int) -> list[list[str]]:
-        """Both facts of the page as [question, answer], each in two seen wordings, shuffled.
+        """Both facts of the page as [question, answer], each in three seen wordings, shuffled.
 
-        Four answers to a page teach reading in half the steps that two need.
+        Many answers to a page teach reading in far fewer steps than one for each fact.
         """
         pairs = [
             [prose.ask(entity, wording), entity.facts[r.name]]
@@ -88,12 +88,12 @@ def _everyday_told(pages: _Pages) -> Row:
 
 
 MIXTURE: tuple[tuple[Callable[[_Pages], Row], float], ...] = (
-    (_reading, 0.77),
-    (_mismatched, 0.10),
+    (_reading, 0.82),
+    (_mismatched, 0.07),
     (_closed_book, 0.04),
     (_everyday_asked, 0.04),
-    (_plain, 0.03),
-    (_everyday_told, 0.02),
+    (_plain, 0.02),
+    (_everyday_told, 0.01),
 )
 
 

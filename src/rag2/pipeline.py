@@ -129,9 +129,10 @@ def ensure(cfg: Inputs, names: Iterable[str]) -> None:
             _write_data(cfg, home / "data")
             plan.mark("data")
         if todo:
+            jobs = [plan.job(name) for name in todo]
             for name in todo:
                 plan.mark(name, done=False)
-            stages.run([plan.job(name) for name in todo], cfg.jobs, plan.mark)
+            stages.run(jobs, cfg.jobs, plan.mark)
 
 
 def _write_data(cfg: Inputs, directory: Path) -> None:

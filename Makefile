@@ -21,10 +21,10 @@ demo: $(READY)  ## train and compare all arms on the built-in almanac (ARGS="--o
 	$(BIN)/rag2 demo $(ARGS)
 
 test: $(READY)  ## run the tests: CPU, no network, minutes (ARGS="-k name")
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
 
 test-slow: $(READY)  ## run the slow tests too
-	$(BIN)/python -m pytest -m 'not gpu' $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not gpu' $(ARGS)
 
 check: $(READY)  ## lint, formatting and types
 	$(BIN)/ruff check .

@@ -167,7 +167,9 @@ def test_bad_ids_and_sizes_are_refused_in_one_line(rng, backend):
 def test_a_generation_returns_from_disk_with_its_texts_and_its_pointer(rng, tmp_path):
     generation = generation_of(rng)
     generation.save(tmp_path / "000003", pointer=tmp_path / "current")
-    again = Generation.load(follow(tmp_path / "current"), encoder_fingerprint="aa" * 32)
+    current = follow(tmp_path / "current")
+    assert current is not None
+    again = Generation.load(current, encoder_fingerprint="aa" * 32)
     assert (again.kb_version, again.kb_hash, again.step, len(again)) == (4, "bb", 7, 30)
     for chunk_id in again.ids_N:
         assert again.chunk(chunk_id) == generation.chunk(chunk_id)

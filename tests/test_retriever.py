@@ -2,6 +2,7 @@
 
 import json
 import secrets
+from typing import Any
 
 import numpy as np
 import pytest
@@ -52,7 +53,7 @@ def make(rng, tokenizer, tmp_path):
     """make(kind, **settings): a tiny encoder from scratch or from a checkpoint on disk."""
 
     def checkpoint(kind):
-        shape = {
+        shape: dict[str, Any] = {
             "vocab_size": len(tokenizer),
             "hidden_size": 16,
             "num_hidden_layers": 2,
@@ -60,7 +61,9 @@ def make(rng, tokenizer, tmp_path):
             "intermediate_size": 32,
             "max_position_embeddings": 64,
         }
-        special = {f"{n}_token_id": i for i, n in enumerate(["pad", "unk", "cls", "sep"])}
+        special: dict[str, Any] = {
+            f"{n}_token_id": i for i, n in enumerate(["pad", "unk", "cls", "sep"])
+        }
         if kind == "bert":  # with a pooler, as hub checkpoints have
             model = BertModel(BertConfig(**shape))
         else:
@@ -72,8 +75,10 @@ def make(rng, tokenizer, tmp_path):
 
     def encoder(kind="scratch", **settings):
         if kind == "scratch":
-            return DualEncoder.build(EncoderConfig(**SMALL | LIMITS | settings), tokenizer)
-        return DualEncoder.build(EncoderConfig(model=checkpoint(kind), **LIMITS, **settings))
+            chosen = EncoderConfig.model_validate(SMALL | LIMITS | settings)
+            return DualEncoder.build(chosen, tokenizer)
+        chosen = {"model": checkpoint(kind)} | LIMITS | settings
+        return DualEncoder.build(EncoderConfig.model_validate(chosen))
 
     return encoder
 

@@ -16,7 +16,7 @@ from rag2.generator.logprob import (
     Request,
     answer_logprob_rows,
     choice_logprobs,
-    encode_pair,
+    encode_pairs,
     pair_logprobs,
     score_choices,
     sequence_nll,
@@ -173,7 +173,11 @@ def test_a_question_that_does_not_fit_is_refused_not_cut(tokenizer):
         Prompt(budget=10).context("mill " * 50, ["p"], tokenizer)
 
 
-# -- encode_pair ---------------------------------------------------------------------------------
+# -- encode_pairs --------------------------------------------------------------------------------
+
+
+def encode_pair(tokenizer, context: str, continuation: str) -> tuple[list[int], list[int]]:
+    return encode_pairs(tokenizer, [(context, continuation)])[0]
 
 
 def test_whitespace_at_the_end_of_the_context_moves_to_the_continuation(tokenizer):

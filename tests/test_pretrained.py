@@ -22,7 +22,7 @@ from tokenizers.trainers import BpeTrainer, WordPieceTrainer
 
 from rag2 import artifact, config
 from rag2.generator.load import Generator
-from rag2.generator.logprob import answer_logprob_rows, encode_pair
+from rag2.generator.logprob import answer_logprob_rows, encode_pairs
 from rag2.generator.prompt import Prompt
 from rag2.kb.build import build
 from rag2.kb.chunk import TokenChunker
@@ -236,9 +236,8 @@ def figures(retriever: DualEncoder, generator: Generator, hub: Path) -> tuple[to
 
 def answers(generator: Generator) -> torch.Tensor:
     """Log-probabilities of two answers, closed book."""
-    pairs = [
-        encode_pair(generator.tokenizer, f"Question: {q}\nAnswer:", " salt") for q in QUESTIONS
-    ]
+    texts = [(f"Question: {q}\nAnswer:", " salt") for q in QUESTIONS]
+    pairs = encode_pairs(generator.tokenizer, texts)
     with torch.no_grad():
         return answer_logprob_rows(generator.model, pairs)[0]
 

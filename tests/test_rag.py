@@ -300,11 +300,14 @@ def test_skipping_leaves_out_the_share_of_the_skipped_prompts_and_nothing_else(
 ):
     full = gradients(rag, TwoPass(micro_batch=5), batch)
     posterior_BK = TwoPass()(rag, Marginal(), *batch).posterior_BK
-    bar = float(posterior_BK.flatten().sort().values[6]) - 1e-7  # half of the twelve prompts
+    # In the widest gap, so that rounding, which differs between the passes, moves none across.
+    ranked_R = posterior_BK.flatten().sort().values
+    skipped = int(ranked_R.diff()[2:9].argmax()) + 3  # 3..9 of the twelve prompts
+    bar = float(ranked_R[skipped - 1 : skipped + 1].mean())
     rag.zero_grad(set_to_none=True)
     result = TwoPass(micro_batch=5, skip_below=bar)(rag, Marginal(), *batch)
     short = left(rag)
-    assert result.kept == 0.5
+    assert result.kept == pytest.approx(1 - skipped / 12)
     skipped_R = (posterior_BK < bar).flatten()
     # What is missing is -r_k grad logp_k of each skipped prompt, k by k.
     rag.zero_grad(set_to_none=True)

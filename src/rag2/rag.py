@@ -11,7 +11,7 @@ from einops import einsum, rearrange
 from torch import Tensor, nn
 
 from rag2.generator.load import Generator
-from rag2.generator.logprob import answer_logprob_rows, encode_pair
+from rag2.generator.logprob import answer_logprob_rows, encode_pairs
 from rag2.generator.prompt import Prompt
 from rag2.retriever.encoder import DualEncoder
 from rag2.types import Chunk
@@ -47,12 +47,12 @@ class Rag(nn.Module):
         self, questions: Sequence[str], answers: Sequence[str], chunks_BK: Sequence[Sequence[Chunk]]
     ) -> list[Pair]:
         """Token ids (context, answer) of every (question, chunk) pair, in the order b k."""
-        rows = []
+        texts = []
         for question, answer, chunks in zip(questions, answers, chunks_BK, strict=True):
             for chunk in chunks:
                 built = self.prompt.context(question, [chunk.passage], self.tokenizer)
-                rows.append(encode_pair(self.tokenizer, built.text, " " + answer))
-        return rows
+                texts.append((built.text, " " + answer))
+        return encode_pairs(self.tokenizer, texts)
 
     def logp(self, pairs: Sequence[Pair]) -> tuple[Tensor, Tensor]:
         """Log-probabilities logp_RT in nats of the answer tokens, and their mask_RT."""

@@ -21,7 +21,7 @@ from rag2.generator.pairs import (
     Ids,
     Pair,
     check_pair,
-    encode_pair,
+    encode_pairs,
     lay_out,
     length,
     pad,
@@ -56,10 +56,12 @@ def score_choices(
     """
     grouped: dict[tuple[int, ...], list[list[int]]] = {}
     places: list[list[tuple[tuple[int, ...], int]]] = []
-    for context, choices in zip(contexts, continuations, strict=True):
+    texts = [(c, choice) for c, cs in zip(contexts, continuations, strict=True) for choice in cs]
+    encoded = iter(encode_pairs(tokenizer, texts))
+    for choices in continuations:
         places.append([])
-        for choice in choices:
-            context_ids, continuation_ids = encode_pair(tokenizer, context, choice)
+        for _ in choices:
+            context_ids, continuation_ids = next(encoded)
             group = grouped.setdefault(tuple(context_ids), [])
             places[-1].append((tuple(context_ids), len(group)))
             group.append(continuation_ids)

@@ -18,38 +18,54 @@ Ids = Sequence[int]
 Pair = tuple[Ids, Ids]  # context ids, continuation ids
 
 
-def encode_pair(tokenizer: Any, context: str, continuation: str) -> tuple[list[int], list[int]]:
-    """Ids of context and continuation, tokenised together and cut where the context's ids end.
+def encode_pairs(
+    tokenizer: Any, texts: Sequence[tuple[str, str]]
+) -> list[tuple[list[int], list[int]]]:
+    """Ids of (context, continuation), tokenised together and cut where the context's ids end.
 
     The semantics of lm-evaluation-harness: whitespace at the end of the context moves to the
     continuation; special tokens as the tokenizer adds them, once; an empty context is the
-    beginning-of-text token (or end-of-text where there is none). Raises UserError when no token of
-    the continuation is left, as for an empty one.
+    beginning-of-text token (or end-of-text where there is none). A text that several pairs share
+    is tokenised once. Raises UserError when no token of a continuation is left, as for an empty
+    one.
     """
-    spaces = len(context) - len(context.rstrip())
-    if context and spaces:
-        context, continuation = context[:-spaces], context[-spaces:] + continuation
-    context_ids = _encode(tokenizer, context) if context else []
-    if context_ids:
-        whole_ids = _encode(tokenizer, context + continuation)
-        continuation_ids = whole_ids[len(context_ids) :]
-    else:
-        prefix = _prefix(tokenizer)
-        continuation_ids = tokenizer.encode(continuation, add_special_tokens=False)
-        if continuation_ids[:1] == [prefix]:
-            continuation_ids = continuation_ids[1:]
-        context_ids = [prefix]
-    if not continuation_ids:
-        raise UserError(
-            f"continuation {continuation!r} has no token of its own after context "
-            f"{context[-40:]!r}: it is empty or merges into the context's last token"
-        )
-    return context_ids, continuation_ids
+    moved = []
+    for context, continuation in texts:
+        stem = context.rstrip()
+        moved.append((stem, context[len(stem) :] + continuation))
+    ids = _encode(tokenizer, [text for stem, rest in moved if stem for text in (stem, stem + rest)])
+    pairs = []
+    for stem, rest in moved:
+        context_ids = ids[stem] if stem else []
+        if context_ids:
+            continuation_ids = ids[stem + rest][len(context_ids) :]
+        else:
+            prefix = _prefix(tokenizer)
+            continuation_ids = tokenizer.encode(rest, add_special_tokens=False)
+            if continuation_ids[:1] == [prefix]:
+                continuation_ids = continuation_ids[1:]
+            context_ids = [prefix]
+        if not continuation_ids:
+            raise UserError(
+                f"continuation {rest!r} has no token of its own after context "
+                f"{stem[-40:]!r}: it is empty or merges into the context's last token"
+            )
+        pairs.append((context_ids, continuation_ids))
+    return pairs
 
 
-def _encode(tokenizer: Any, text: str) -> list[int]:
-    begins = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
-    return tokenizer.encode(text, add_special_tokens=not begins)
+def _encode(tokenizer: Any, texts: Sequence[str]) -> dict[str, list[int]]:
+    """The ids of every distinct text; a text that begins with the bos token gets no second one."""
+    bos = tokenizer.bos_token
+    ids: dict[str, list[int]] = {}
+    for begins in (False, True):
+        todo = [
+            t for t in dict.fromkeys(texts) if (bos is not None and t.startswith(bos)) == begins
+        ]
+        if todo:
+            rows = tokenizer(todo, add_special_tokens=not begins)["input_ids"]
+            ids.update(zip(todo, rows, strict=True))
+    return ids
 
 
 def _prefix(tokenizer: Any) -> int:

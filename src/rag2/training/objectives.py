@@ -8,7 +8,7 @@ from torch import Tensor
 
 from rag2.config import Config
 from rag2.generator.load import Generator
-from rag2.generator.logprob import answer_logprob_rows, encode_pair, sequence_nll
+from rag2.generator.logprob import answer_logprob_rows, encode_pairs, sequence_nll
 from rag2.generator.prompt import Prompt
 from rag2.training import batches
 from rag2.training.sequences import blocks, collate
@@ -53,10 +53,8 @@ class Supervised(Config):
     ) -> BatchLoss:
         """The loss of `size` questions a step."""
         prompt, tokenizer = Prompt(), generator.tokenizer
-        pairs = [
-            encode_pair(tokenizer, prompt.context(q.question, [], tokenizer).text, " " + q.gold)
-            for q in data
-        ]
+        texts = [(prompt.context(q.question, [], tokenizer).text, " " + q.gold) for q in data]
+        pairs = encode_pairs(tokenizer, texts)
 
         def loss(step: int) -> Tensor:
             picked = batches.sample(len(pairs), size, seed, step)

@@ -283,13 +283,29 @@ def test_chunks_cover_the_text_fit_their_budget_and_split_no_character(tokenizer
                 if is_inside_cluster(text, position):
                     assert any(
                         cluster.start() < position < cluster.end()
-                        # in its place a cluster can take a token more than on its own
-                        and (count(cluster.group()) >= tokens or cluster.group()[0].isspace())
+                        and (
+                            count(cluster.group().strip()) > tokens
+                            # white space in a cluster goes from a chunk's ends like any other
+                            or text[cluster.start() : position].isspace()
+                            or text[position : cluster.end()].isspace()
+                        )
                         for cluster in regex.finditer(r"\X", text)
                     )
         assert all(text[i].isspace() for i in set(range(len(text))) - covered)
         for (start, end), (later, farther) in pairwise(spans):
             assert start < later and end < farther
+
+
+def test_a_cluster_of_exactly_the_budget_is_whole_also_behind_a_space(tokenizers):
+    # Trimmed offsets: the space is a token of its own that starts where the cluster does.
+    chunker = TokenChunker(tokens=5, overlap=0, tokenizer=str(tokenizers[1]))
+    assert chunker(Document("d", "42 \u00e9\u1a7f")) == [(0, 2), (3, 5)]
+    assert chunker(Document("d", "42 \u00e9\u1a7f\u0301"))[1:] == [(3, 4), (4, 6)]
+
+
+def test_a_chunk_ends_before_a_space_that_belongs_to_a_cluster(tokenizers):
+    chunker = TokenChunker(tokens=2, overlap=0, tokenizer=str(tokenizers[2]))
+    assert chunker(Document("d", "rye \U00011a85 at")) == [(0, 5), (6, 8)]
 
 
 @pytest.mark.parametrize("overlap", [0, 1, 5, 15])

@@ -44,8 +44,9 @@ class TokenChunker(Config):
     ends increase; a chunk has no white space at its ends; tokenised on its own, without special
     tokens, it has at most `tokens` tokens. Cuts fall between grapheme clusters. Two cases where
     that cannot be: a cluster of more than `tokens` tokens is cut between code points, and a single
-    code point of more than `tokens` tokens is a chunk of its own. White space at a cut counts as
-    tokens of the window and of the overlap.
+    code point of more than `tokens` tokens is a chunk of its own. White space at a chunk's ends
+    goes even where it belongs to a cluster; at a cut it counts as tokens of the window and of the
+    overlap.
     """
 
     name: Literal["tokens"] = "tokens"
@@ -157,8 +158,12 @@ class _Windows:
         token = bisect_left(self.starts, start) + tokens
         limit = self.starts[token] if token < len(self.starts) else len(self.text)
         for cuts in (self.cuts, self.clusters, self.characters):
-            near = cuts[bisect_right(cuts, start) : bisect_right(cuts, limit)]
-            for end in reversed(near):
+            first, last = bisect_right(cuts, start), bisect_right(cuts, limit)
+            if cuts is self.clusters:
+                # In the text a cluster can have more tokens than alone: with offsets that leave
+                # white space out, the token of a space before it starts where it does.
+                last = max(last, first + 1)
+            for end in reversed(cuts[first:last]):
                 # A piece can have more tokens alone than in its text: merges across the cut go.
                 piece = self.text[start:end].rstrip()
                 if self.count(piece) <= tokens:

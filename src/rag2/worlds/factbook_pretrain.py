@@ -9,9 +9,10 @@ from rag2.worlds.factbook_editions import Country, FactPath, Page
 from rag2.worlds.factbook_fields import answer, fields, mentions
 
 PASSAGE_WORDS = 80  # about the size of a chunk, so that the base reads what it will be given
-PLAIN, DISTRACTED, CLOSED = 0.25, 0.10, 0.05  # shares of rows; the rest is reading
+PLAIN, DISTRACTED, CLOSED = 0.10, 0.10, 0.05  # shares of rows; the rest is reading
 BY_HEART = 0.7  # of closed-book rows: control facts, which the base shall know
 ASKED = 0.6  # of reading rows: about a fact that questions are asked for
+GENERIC_TOO = 0.5  # of passages with both: asked in the page's words besides
 GENERIC = (
     "{label} of {country}?",
     "What is the {label} of {country}?",
@@ -65,9 +66,14 @@ def rows(
 
 
 def _questions(passage: Passage, rng: random.Random) -> list[list[str]]:
-    """One to three questions about a passage, in people's words where there are any."""
-    people = passage.asked and (not passage.generic or rng.random() < ASKED)
-    return _pairs(passage.asked if people else passage.generic, rng)
+    """Questions about a passage in people's words and in the page's, a fact in several wordings.
+
+    Wordings of one fact side by side teach reading much faster than as many single questions.
+    """
+    found = [[w, value] for wordings, value in passage.asked for w in wordings]
+    if not found or rng.random() < GENERIC_TOO:
+        found += [[rng.choice(wordings), value] for wordings, value in passage.generic]
+    return rng.sample(found, min(len(found), rng.randint(3, 6)))
 
 
 def _pairs(pairs: tuple[Pair, ...], rng: random.Random) -> list[list[str]]:

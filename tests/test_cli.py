@@ -209,6 +209,18 @@ def test_a_knowledge_base_is_built_listed_shown_and_searched(
     assert status == 0 and out.count("\n") == 1 and out.split("\t")[2] == "ferry"
 
 
+def test_a_knowledge_base_is_built_without_a_tokenizer(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], documents: Path
+):
+    path = tmp_path / "kb.sqlite"
+    words = ["--tokens", 5, "--overlap", 0]
+    status, out, _ = rag2(capsys, "kb", "build", path, documents, *words)
+    assert status == 0 and "2 accepted + 2 rejected = 4 documents\n4 chunks" in out
+    status, out, _ = rag2(capsys, "kb", "show", path, "ferry")
+    assert "The ferry to Aldbrook leaves\n" in out and "\nat noon.\n" in out
+    assert "words" in rag2(capsys, "kb", "build", "--help")[1]
+
+
 def test_strict_or_empty_builds_end_with_status_2(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], tokenizer: str, documents: Path
 ):
@@ -227,8 +239,10 @@ def test_impossible_chunk_settings_are_refused(
 ):
     words = ["--tokenizer", tokenizer, "--tokens", 8, "--overlap", 8]
     assert "overlap=8 must be less" in refused(capsys, "kb", "build", "a", documents, *words)
-    words = ["--tokenizer", tmp_path / "none"]
-    assert "none" in refused(capsys, "kb", "build", tmp_path / "a", documents, *words)
+    for unknown in (tmp_path / "none", ""):
+        words = ["--tokenizer", unknown]
+        told = refused(capsys, "kb", "build", tmp_path / "a", documents, *words)
+        assert str(unknown or "not set") in told
 
 
 @pytest.mark.parametrize("words", [["list"], ["show", "x"], ["search", "x"]])

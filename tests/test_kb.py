@@ -256,11 +256,10 @@ def is_inside_cluster(text: str, position: int) -> bool:
     return position not in {m.end() for m in regex.finditer(r"\X", text)} | {0}
 
 
-@pytest.mark.parametrize("which", [0, 1, 2], ids=["byte-level", "trimmed", "wordpiece"])
+@pytest.mark.parametrize("which", [0, 1, 2, 3], ids=["byte-level", "trimmed", "wordpiece", "words"])
 def test_chunks_cover_the_text_fit_their_budget_and_split_no_character(tokenizers, which, rng):
-    tokenizer = Tokenizer.from_file(str(tokenizers[which] / "tokenizer.json"))
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
+    name = [*map(str, tokenizers), "words"][which]
+    tokenizer = TokenChunker(tokenizer=name)._tokenizer
 
     def count(text: str) -> int:
         return len(tokenizer.encode(text, add_special_tokens=False))
@@ -268,7 +267,7 @@ def test_chunks_cover_the_text_fit_their_budget_and_split_no_character(tokenizer
     for _ in range(60):
         tokens = rng.choice([1, 2, 3, 5, 16, 40, 200])
         overlap = rng.randrange(tokens)
-        chunker = TokenChunker(tokens=tokens, overlap=overlap, tokenizer=str(tokenizers[which]))
+        chunker = TokenChunker(tokens=tokens, overlap=overlap, tokenizer=name)
         text = clean(random_text(rng, rng.randrange(1, 60)))
         spans = chunker(Document("d", text))
         assert bool(spans) == bool(text)
@@ -320,6 +319,21 @@ def test_windows_are_full_and_neighbours_share_exactly_the_overlap(tokenizers, o
     spans = chunker(Document("d", wide))
     assert spans[:2] == [(0, 5), (max(step, 1), 5 + max(step, 1))]
     assert all(end - start == 5 for start, end in spans[:-1]) and spans[-1][1] == 40
+
+
+def test_without_a_tokenizer_words_and_other_characters_are_counted():
+    def texts(text: str, tokens: int) -> list[str]:
+        spans = TokenChunker(tokens=tokens, overlap=0)(Document("d", text))
+        return [text[start:end] for start, end in spans]
+
+    assert texts("The caf\u00e9's ferry_2 leaves, at noon.", 4) == [
+        *("The caf\u00e9's", "ferry_2 leaves, at", "noon.")
+    ]
+    # What has no spaces is bounded too.
+    assert texts("\u65e5\u672c\u8a9e\u306e\u672c and more", 3) == [
+        *("\u65e5\u672c\u8a9e", "\u306e\u672c and", "more")
+    ]
+    assert texts("0123456789abcdef" * 5, 2) == ["0123456789abcdef" * n for n in (2, 2, 1)]
 
 
 def test_a_short_text_is_one_chunk_and_no_text_is_none(chunker):
@@ -571,7 +585,7 @@ def test_a_build_without_a_document_or_that_fails_leaves_no_file(tmp_path, chunk
         with pytest.raises(UserError, match=message):
             build(out / "kb.sqlite", sources, chunker)
     with pytest.raises(UserError, match="tokenizer is not set"):
-        build(out / "kb.sqlite", [good], TokenChunker())
+        build(out / "kb.sqlite", [good], TokenChunker(tokenizer=""))
     assert list(out.iterdir()) == []
 
 

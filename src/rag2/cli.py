@@ -125,8 +125,12 @@ def kb_build(
     path: KB,
     sources: Annotated[list[Path], typer.Argument(metavar="SOURCE...", help="Files or folders.")],
     tokenizer: Annotated[
-        str | None, typer.Option(help="Folder of the tokenizer that measures chunks.")
-    ] = None,
+        str,
+        typer.Option(
+            help="What counts tokens: words (nothing to download), or a model's tokenizer:"
+            " its folder, its tokenizer.json or its name on the hub."
+        ),
+    ] = "words",
     tokens: Annotated[int, typer.Option(min=1, help="Longest chunk, in tokens.")] = 128,
     overlap: Annotated[int, typer.Option(min=0, help="Shared by neighbours, in tokens.")] = 16,
     strict: Annotated[bool, typer.Option(help="Exit with 2 if any document is rejected.")] = False,
@@ -140,13 +144,13 @@ def kb_build(
     Examples:
       rag2 kb build docs.sqlite handbook.md notes/ faq.jsonl
       rag2 kb build docs.sqlite faq.jsonl --tokens 64 --overlap 8 --strict
+      rag2 kb build docs.sqlite docs/ --tokenizer BAAI/bge-small-en-v1.5
     """
     from rag2.config import load
     from rag2.kb.build import build
     from rag2.kb.chunk import TokenChunker
 
-    settings = [f"tokens={tokens}", f"overlap={overlap}"]
-    settings += [f"tokenizer={json.dumps(tokenizer)}"] if tokenizer else []
+    settings = [f"tokens={tokens}", f"overlap={overlap}", f"tokenizer={json.dumps(tokenizer)}"]
     chunker = load(TokenChunker, None, settings)
     with _status(f"building {path}"):
         summary = build(path, sources, chunker)

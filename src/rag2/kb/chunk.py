@@ -10,7 +10,9 @@ from typing import Literal, Protocol, Self
 
 import regex
 from pydantic import Field, StrictInt, model_validator
-from tokenizers import Tokenizer
+from tokenizers import Regex, Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
 
 from rag2.config import Config
 from rag2.registry import UserError
@@ -18,6 +20,9 @@ from rag2.types import Document
 
 VISIBLE = re.compile(r"\S")
 CLUSTER = regex.compile(r"\X")  # what a reader sees as one character (UAX #29)
+WORDS = "words"
+# Scripts that put no space between words.
+UNSPACED = r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{Tibetan}]"
 
 
 class Chunker(Protocol):
@@ -54,8 +59,8 @@ class TokenChunker(Config):
     """Longest chunk, in tokens; the title is not counted."""
     overlap: StrictInt = Field(default=16, ge=0)
     """Tokens that a chunk shares with the one before, at most."""
-    tokenizer: str = ""
-    """Folder with a tokenizer.json, such a file, or the name of a tokenizer on the hub."""
+    tokenizer: str = WORDS
+    """`words`, a folder with a tokenizer.json, such a file, or a tokenizer's name on the hub."""
 
     @model_validator(mode="after")
     def _overlap_leaves_progress(self) -> Self:
@@ -89,7 +94,11 @@ class TokenChunker(Config):
     def _tokenizer(self) -> Tokenizer:
         """The tokenizer, without the truncation and padding that its file may ask for."""
         if not self.tokenizer:
-            raise UserError("chunker.tokenizer is not set; give a folder with a tokenizer.json")
+            raise UserError(
+                f"chunker.tokenizer is not set; give {WORDS!r} or a folder with a tokenizer.json"
+            )
+        if self.tokenizer == WORDS:
+            return _word_tokenizer()
         path = Path(self.tokenizer)
         file = path / "tokenizer.json" if path.is_dir() else path
         try:
@@ -105,6 +114,18 @@ class TokenChunker(Config):
         tokenizer.no_truncation()
         tokenizer.no_padding()
         return tokenizer
+
+
+def _word_tokenizer() -> Tokenizer:
+    """A token for each word and for each other visible character; it needs no file.
+
+    A run without a space has no bound, such as a hash or encoded data: a word ends after 16
+    characters. A character of a script without spaces is a word.
+    """
+    tokenizer = Tokenizer(WordLevel({"[UNK]": 0}, unk_token="[UNK]"))
+    pattern = rf"(?:(?!{UNSPACED})\w){{1,16}}|\S"
+    tokenizer.pre_tokenizer = Split(Regex(pattern), behavior="removed", invert=True)
+    return tokenizer
 
 
 class _Windows:

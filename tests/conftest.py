@@ -1,21 +1,75 @@
-"""What the tests of training share: a small almanac on disk, random models for it, the recipes."""
+"""What tests share: seeds, tokenizers, a small almanac on disk, random models for it, recipes."""
 
 import importlib.util
+import random
+import secrets
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from rag2 import config, pipeline
 from rag2.generator.load import Generator, build_llama
+from rag2.kb.chunk import TokenChunker
+from rag2.kb.store import KnowledgeBase
 from rag2.retriever.encoder import DualEncoder, EncoderConfig
+from rag2.types import Chunk
 from rag2.worlds.almanac import Almanac
+from small_world import SHAPE, tokenizer_of
+from texts import byte_level, word_pieces
 
 VOCABULARY = 400
-SHAPE: dict[str, Any] = {"hidden": 32, "layers": 2, "heads": 2, "intermediate": 48}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--seed N` repeats a test that printed seed N."""
+    parser.addoption("--seed", type=int, help="repeat the inputs of a test that printed this seed")
+
+
+@pytest.fixture
+def seed(request: pytest.FixtureRequest) -> int:
+    """Fresh in every run, for torch and `random` too; printed, and repeated by `--seed`."""
+    given = request.config.getoption("--seed")
+    seed = secrets.randbits(31) if given is None else given
+    print(f"seed {seed}")  # noqa: T201 (pytest shows it when the test fails)
+    torch.manual_seed(seed)
+    random.seed(seed)
+    return seed
+
+
+@pytest.fixture
+def rng(seed: int) -> np.random.Generator:
+    """Fresh random arrays."""
+    return np.random.default_rng(seed)
+
+
+@pytest.fixture
+def dice(seed: int) -> random.Random:
+    """Fresh random picks."""
+    return random.Random(seed)
+
+
+@pytest.fixture(scope="session")
+def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Folders of byte-level BPE without and with trimmed offsets, and of WordPiece."""
+    folders = []
+    for number, tokenizer in enumerate([byte_level(False), byte_level(True), word_pieces()]):
+        tokenizer.enable_truncation(16)  # as a file saved by a trainer may say
+        tokenizer.enable_padding(length=16)
+        folder = tmp_path_factory.mktemp(f"tokenizer{number}")
+        tokenizer.save(str(folder / "tokenizer.json"))
+        folders.append(folder)
+    return folders
+
+
+@pytest.fixture(scope="session")
+def chunker(tokenizers: list[Path]) -> TokenChunker:
+    """Chunks of 16 byte-level tokens."""
+    return TokenChunker(tokens=16, overlap=4, tokenizer=str(tokenizers[0]))
 
 
 @pytest.fixture(scope="session")
@@ -38,11 +92,11 @@ def home(tmp_path_factory: pytest.TempPathFactory, almanac: Almanac) -> Path:
     return home
 
 
-def tokenizer_of(home: Path):
-    """The tokenizer of a world's home."""
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(str(home / "data" / "tokenizer"))
+@pytest.fixture
+def chunks(home: Path) -> list[Chunk]:
+    """The corpus of the small world."""
+    with KnowledgeBase(home / "data" / "kb.sqlite") as kb:
+        return kb.chunks()
 
 
 @pytest.fixture

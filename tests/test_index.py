@@ -1,7 +1,5 @@
 """Index backends against brute force, FAISS's edges, and generations against damage."""
 
-import secrets
-
 import numpy as np
 import pytest
 
@@ -19,13 +17,6 @@ BACKENDS = [Flat(), IVF(nlist=8, nprobe=3), HNSW(), TorchExact(device="cpu", blo
 EXACT = [Flat(), TorchExact(device="cpu", block=37), IVF(nlist=8, nprobe=8)]
 backends = pytest.mark.parametrize("backend", BACKENDS, ids=lambda backend: backend.name)
 exact_backends = pytest.mark.parametrize("backend", EXACT, ids=lambda backend: backend.name)
-
-
-@pytest.fixture
-def rng():
-    seed = secrets.randbits(32)
-    print(f"seed {seed}")  # noqa: T201 (pytest shows it when the test fails)
-    return np.random.default_rng(seed)
 
 
 def unit(rng, rows, size):

@@ -1,10 +1,8 @@
 """Retriever and generator as one module: which weights the loss reaches, and by which two ways."""
 
 import copy
-import secrets
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -14,42 +12,30 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from rag2.evaluation.questions import load_questions, split
 from rag2.generator.load import Generator
 from rag2.generator.prompt import Prompt
-from rag2.kb.store import KnowledgeBase
 from rag2.losses.marginal import Marginal
 from rag2.rag import Pair, Rag
 from rag2.retriever.encoder import DualEncoder, EncoderConfig
 from rag2.training.step import OnePass, TwoPass
 from rag2.tuning.lora import LoRA
 from rag2.types import Chunk
+from small_world import SHAPE, roughen
 
 Batch = tuple[list[str], list[str], list[list[Chunk]]]
-SHAPE: dict[str, Any] = {"hidden": 32, "layers": 2, "heads": 2, "intermediate": 48}
-
-
-@pytest.fixture(autouse=True)
-def seed() -> int:
-    seed = secrets.randbits(31)
-    print(f"seed {seed}")  # noqa: T201 (pytest shows it when the test fails)
-    torch.manual_seed(seed)
-    return seed
+pytestmark = pytest.mark.usefixtures("seed")
 
 
 @pytest.fixture
 def rag(tokenizer, generator: Generator) -> Rag:
     """Two towers and a Llama, all random, with posteriors that differ from chunk to chunk."""
     encoder = DualEncoder.build(EncoderConfig(towers="two", **SHAPE), tokenizer)
-    with torch.no_grad():
-        for model in (encoder.towers, generator.model):  # so that texts do not look alike
-            for parameter in model.parameters():
-                parameter.add_(0.1 * torch.randn_like(parameter))
+    for model in (encoder.towers, generator.model):
+        roughen(model, 0.1)
     return Rag(encoder, generator, Prompt()).train()
 
 
 @pytest.fixture
-def batch(home: Path, seed: int) -> Batch:
+def batch(home: Path, chunks: list[Chunk], seed: int) -> Batch:
     """Three questions with four chunks each; they share the first chunk."""
-    with KnowledgeBase(home / "data" / "kb.sqlite") as kb:
-        chunks = kb.chunks()
     questions = split(load_questions(home / "data" / "questions.jsonl"), "train")
     picked = torch.randperm(len(questions))[:3].tolist()
     rows = torch.randperm(len(chunks))[:10].tolist()

@@ -1,7 +1,6 @@
 """The dual encoder: what an embedding depends on, what trains, and what returns from disk."""
 
 import json
-import secrets
 from typing import Any
 
 import numpy as np
@@ -27,14 +26,6 @@ SMALL = {"hidden": 16, "layers": 2, "heads": 2, "intermediate": 32, "max_positio
 LIMITS = {"max_question_tokens": 16, "max_chunk_tokens": 64}
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
 KINDS = ["scratch", "bert", "modernbert"]
-
-
-@pytest.fixture
-def rng():
-    seed = secrets.randbits(32)
-    print(f"seed {seed}")  # noqa: T201 (pytest shows it when the test fails)
-    torch.manual_seed(seed)
-    return np.random.default_rng(seed)
 
 
 @pytest.fixture

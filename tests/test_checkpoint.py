@@ -1,0 +1,183 @@
+"""What surrounds a training loop: checkpoints, the log, the optimizer."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from rag2 import config
+from rag2.registry import UserError
+from rag2.training import checkpoint, optim
+from rag2.training.log import RunLog, train_seconds
+from rag2.training.run import Run
+from small_world import forget
+
+pytestmark = pytest.mark.usefixtures("seed")
+
+
+# --- checkpoints ----------------------------------------------------------------------------------
+
+
+def fresh() -> tuple[dict[str, nn.Module], torch.optim.Optimizer]:
+    module = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5), nn.Linear(4, 4))
+    module[2].weight = module[0].weight  # tied
+    groups = {"a": (optim.trainable([module]), 0.1)}
+    return {"net": module}, optim.adamw(groups, 0.01, (0.9, 0.98))
+
+
+def trained(parts: tuple[dict[str, nn.Module], torch.optim.Optimizer], steps: int) -> torch.Tensor:
+    modules, optimizer = parts
+    for _ in range(steps):
+        optimizer.zero_grad()
+        modules["net"](torch.randn(3, 4)).square().sum().backward()
+        optimizer.step()
+    return torch.cat([p.detach().flatten() for p in modules["net"].parameters()])
+
+
+def test_a_restored_run_goes_on_as_if_nothing_had_happened(tmp_path: Path):
+    parts = fresh()
+    trained(parts, 3)
+    checkpoint.save(tmp_path, 3, *parts, extra={"top": 0.1 + 0.2})
+    expected = trained(parts, 3)
+    torch.rand(7)
+    other = fresh()
+    state = checkpoint.load(tmp_path, *other)
+    assert state is not None and (state["step"], state["extra"]) == (3, {"top": 0.1 + 0.2})
+    assert torch.equal(trained(other, 3), expected)
+
+
+@pytest.mark.parametrize("forgotten", ["optimizer", "random state", "weights"])
+def test_a_checkpoint_that_forgets_something_is_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forgotten: str
+):
+    parts = fresh()
+    trained(parts, 3)
+    checkpoint.save(tmp_path, 3, *parts, extra={})
+    expected = trained(parts, 3)
+    torch.rand(7)
+    forget(monkeypatch, forgotten)
+    other = fresh()
+    checkpoint.load(tmp_path, *other)
+    assert not torch.equal(trained(other, 3), expected)
+
+
+def test_the_last_two_checkpoints_are_kept_and_the_pointer_names_the_last(tmp_path: Path):
+    parts = fresh()
+    assert checkpoint.load(tmp_path, *parts) is None
+    for step in (2, 4, 6):
+        checkpoint.save(tmp_path, step, *parts, extra={"generation": step // 2})
+    folder = tmp_path / "checkpoints"
+    assert sorted(p.name for p in folder.iterdir()) == ["latest", "step-000004", "step-000006"]
+    assert (folder / "latest").read_text().strip() == "step-000006"
+    assert [extra["generation"] for extra in checkpoint.retained(tmp_path)] == [2, 3]
+
+
+def test_a_damaged_or_foreign_checkpoint_is_refused_in_one_line(tmp_path: Path):
+    modules, optimizer = fresh()
+    trained((modules, optimizer), 1)
+    path = checkpoint.save(tmp_path, 1, modules, optimizer, extra={})
+    larger: dict[str, nn.Module] = {"net": nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))}
+    with pytest.raises(UserError, match="does not fit this configuration"):
+        checkpoint.load(tmp_path, larger, optimizer)
+    with (path / "net.safetensors").open("r+b") as file:
+        file.seek(-1, 2)
+        last = file.read(1)
+        file.seek(-1, 2)
+        file.write(bytes([last[0] ^ 1]))
+    with pytest.raises(UserError, match="net.safetensors"):
+        checkpoint.load(tmp_path, modules, optimizer)
+
+
+# --- the run and its log --------------------------------------------------------------------------
+
+
+class Settings(config.Config):
+    out: str
+    lr: float = 0.1
+    steps: int = 10
+    resume: bool = False
+
+
+def test_the_log_is_cut_back_to_the_step_and_its_floats_round_trip(tmp_path: Path):
+    values = [0.1 + 0.2, 1e-17, 3.0, float(np.float32(0.1))]
+    log = RunLog(tmp_path)
+    for step, value in enumerate(values):
+        log.write(step=step, loss=value, seconds=0.5)
+    log.close()
+    assert train_seconds(tmp_path) == 2.0
+    with log.path.open("a") as file:
+        file.write('{"step": 4, "lo')  # a kill in the middle of a line
+    RunLog(tmp_path, start=3).close()
+    rows = [json.loads(line) for line in log.path.read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0, 1, 2] and [r["loss"] for r in rows] == values[:3]
+    RunLog(tmp_path).close()
+    assert log.path.read_text() == ""
+
+
+def test_a_run_continues_with_the_same_settings_but_for_the_number_of_steps(tmp_path: Path):
+    out = str(tmp_path / "a")
+    run = Run(Settings(out=out), *fresh())
+    run.checkpoint(4, top=0.5)
+    run.log.close()
+    again = Run(Settings(out=out, steps=20, resume=True), *fresh())
+    assert (again.start, again.extra) == (4, {"top": 0.5})
+    again.log.close()
+    with pytest.raises(UserError, match="begun with lr=0.1, not 0.2") as caught:
+        Run(Settings(out=out, lr=0.2, resume=True), *fresh())
+    assert "\n" not in str(caught.value)
+    assert config.load(Settings, f"{out}/config.yaml").lr == 0.1  # the refusal changed nothing
+
+
+def test_without_a_checkpoint_resume_starts_at_zero_and_without_resume_so_does_a_run(
+    tmp_path: Path,
+):
+    out = str(tmp_path / "a")
+    run = Run(Settings(out=out, resume=True), *fresh())
+    assert (run.start, run.extra) == (0, {})
+    run.log.write(step=0)
+    run.checkpoint(1)
+    run.log.close()
+    (tmp_path / "a" / "final").mkdir()
+    over = Run(Settings(out=out, lr=0.5), *fresh())
+    over.log.close()
+    assert over.start == 0 and (tmp_path / "a" / "log.jsonl").read_text() == ""
+    assert not (tmp_path / "a" / "final").exists()
+    assert not (tmp_path / "a" / "checkpoints").exists()
+
+
+# --- optimizer ------------------------------------------------------------------------------------
+
+
+def test_the_learning_rate_warms_up_and_decays_to_its_floor():
+    for decay in ("cosine", "linear"):
+        schedule = optim.Schedule(decay=decay, warmup=4, floor=0.1)
+        factors = [schedule.factor(step, 20) for step in range(21)]
+        assert factors[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
+        assert factors[4:] == sorted(factors[4:], reverse=True)
+        assert factors[20] == pytest.approx(0.1) and factors[12] == pytest.approx(0.55)
+    assert optim.Schedule(decay="constant", warmup=0).factor(19, 20) == 1.0
+
+
+def test_matrices_decay_and_vectors_do_not_and_every_weight_is_in_one_group():
+    modules, optimizer = fresh()
+    groups = {group["weight_decay"]: group["params"] for group in optimizer.param_groups}
+    assert {p.ndim for p in groups[0.01]} == {2} and {p.ndim for p in groups[0.0]} == {1}
+    grouped = [p for part in groups.values() for p in part]
+    assert {*map(id, grouped)} == {*map(id, modules["net"].parameters())}
+    assert len(grouped) == 3  # the tied one once
+    assert optim.set_lr(optimizer, 0.5) == {"a": 0.05}
+    assert optim.set_lr(optimizer, 1.0) == {"a": 0.1}
+
+
+@pytest.mark.parametrize("broken", ["loss", "gradient"])
+def test_what_is_not_finite_stops_the_run_before_the_update(broken: str):
+    weight = nn.Parameter(torch.ones(3))
+    weight.grad = torch.full((3,), float("nan") if broken == "gradient" else 1.0)
+    with pytest.raises(optim.NonFiniteError, match="step 7"):
+        optim.clip([weight], float("inf") if broken == "loss" else 1.0, 1.0, 7)
+    weight.grad = torch.full((3,), 10.0)
+    assert optim.clip([weight], 1.0, 1.0, 7) == pytest.approx(10 * 3**0.5)
+    assert float(weight.grad.norm()) == pytest.approx(1.0, rel=1e-4)

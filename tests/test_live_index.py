@@ -1,0 +1,134 @@
+"""What training searches: the live index, and the gold and random controls."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from rag2.index.flat import Flat
+from rag2.registry import UserError
+from rag2.reindex import LiveIndex, NoRefresh, Reindexer, SyncRefresh
+from rag2.retrieval import Gold, Random, gold_chunks, recall
+from rag2.retriever.encoder import DualEncoder
+from rag2.types import Chunk, Question
+from small_world import asked
+
+pytestmark = pytest.mark.usefixtures("seed")
+
+
+# --- the live index -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def encoder(home: Path) -> DualEncoder:
+    return DualEncoder.load(home / "retriever")
+
+
+def reindexer(directory: Path, chunks: list[Chunk], encoder: DualEncoder) -> Reindexer:
+    return Reindexer(directory, chunks, encoder, Flat(), kb_version=1, kb_hash="h")
+
+
+def test_a_reindex_with_unchanged_weights_changes_nothing(
+    tmp_path: Path, chunks: list[Chunk], encoder: DualEncoder
+):
+    builder = reindexer(tmp_path, chunks, encoder.train())
+    first, second = builder.build(0), builder.build(5)
+    queries_BD = torch.randn(6, encoder.dimension).numpy()
+    for a, b in zip(
+        first.index.search(queries_BD, 9), second.index.search(queries_BD, 9), strict=True
+    ):
+        np.testing.assert_array_equal(a, b)
+    assert first.encoder_fingerprint == second.encoder_fingerprint == encoder.fingerprint()
+    assert (first.step, second.step) == (0, 5)
+    stored = builder.load(1)
+    for a, b in zip(
+        first.index.search(queries_BD, 9), stored.index.search(queries_BD, 9), strict=True
+    ):
+        np.testing.assert_array_equal(a, b)
+    with torch.no_grad():
+        next(encoder.towers.parameters()).add_(0.5)
+    third = builder.build(6)
+    assert third.encoder_fingerprint != first.encoder_fingerprint
+    assert not np.array_equal(
+        third.index.search(queries_BD, 9)[0], first.index.search(queries_BD, 9)[0]
+    )
+
+
+def test_generations_are_numbered_pointed_at_and_pruned(
+    tmp_path: Path, chunks: list[Chunk], encoder: DualEncoder
+):
+    builder = reindexer(tmp_path, chunks[:5], encoder)
+    for step in range(4):
+        builder.build(step)
+    names = [f"{number:06d}" for number in range(4)]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [*names, "current"]
+    assert (tmp_path / "current").read_text().strip() == "000003"
+    builder.prune([2, 3])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["000002", "000003", "current"]
+    assert builder.load(2).step == 2  # a run goes on from its checkpoint's generation
+    builder.build(9)
+    assert builder.number == 3 and builder.load(3).step == 9
+
+
+def test_the_live_index_swaps_in_poll_and_ages_in_between(
+    chunks: list[Chunk], encoder: DualEncoder, tmp_path: Path
+):
+    builder = reindexer(tmp_path, chunks, encoder)
+    first = builder.build(0)
+    live = LiveIndex(first, builder.build, SyncRefresh(every=3))
+    queries_BD = torch.randn(2, encoder.dimension).numpy()
+    expected = first.index.search(queries_BD, 4)[1]
+    swapped_at, ages = [], []
+    for step in range(7):
+        np.testing.assert_array_equal(
+            live.search(queries_BD, 4), live.generation.index.search(queries_BD, 4)[1]
+        )
+        ages.append(live.age(step)[0])
+        before = live.generation
+        live.refresh(step)
+        assert live.generation is before
+        if live.poll():
+            assert live.generation is not before
+            swapped_at.append((step, live.generation.step))
+        assert not live.poll()
+    assert swapped_at == [(2, 3), (5, 6)]
+    assert ages == [0, 1, 2, 0, 1, 2, 0]
+    np.testing.assert_array_equal(live.search(queries_BD, 4), expected)  # weights did not move
+    assert live.search(queries_BD, 0).shape == (2, 0)
+    assert live.age(6)[1] >= 0
+    assert not any(NoRefresh().due(step) for step in range(1000))
+
+
+# --- retrievers -----------------------------------------------------------------------------------
+
+
+def test_gold_chunks_are_those_of_the_evidence_that_hold_the_answer(chunks: list[Chunk]):
+    document = chunks[3].document
+    rows = [chunk for chunk in chunks if chunk.document == document]
+    word = rows[0].text.split()[2]
+    holds = Question("a", "?", (word.upper(), "b"), 0, evidence=(document,))
+    misses = Question("b", "?", ("qqqq", "b"), 0, evidence=(document,))
+    named = Question("c", "?", ("a", "b"), 0, gold_chunk=77, evidence=(document,))
+    found = gold_chunks([holds, misses, named], chunks)
+    assert rows[0].id in found["a"] and found["b"] == [c.id for c in rows] and found["c"] == [77]
+    with pytest.raises(UserError, match="'d' names no"):
+        Gold(found).search([Question("d", "?", ("a", "b"), 0)], 1)
+    np.testing.assert_array_equal(Gold(found).search([misses, named], 5)[1], [[rows[0].id], [77]])
+    np.testing.assert_array_equal(
+        recall(np.array([[1, 2, 3], [4, 5, 6]]), [[3, 9], [7]], 2), [0.0, 0.0]
+    )
+    np.testing.assert_array_equal(
+        recall(np.array([[1, 2, 3], [4, 5, 6]]), [[3, 9], [7]], 3), [1.0, 0.0]
+    )
+
+
+def test_random_chunks_are_different_and_the_same_for_the_same_seed(chunks: list[Chunk], seed: int):
+    questions = asked(chunks)
+    source = Random([chunk.id for chunk in chunks], seed)
+    scores_QK, ids_QK = source.search(questions, 8)
+    assert all(len(set(row)) == 8 for row in ids_QK.tolist()) and not scores_QK.any()
+    np.testing.assert_array_equal(ids_QK, source.search(questions, 8)[1])
+    assert not np.array_equal(
+        ids_QK, Random(source.chunk_ids.tolist(), seed + 1).search(questions, 8)[1]
+    )

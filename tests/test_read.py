@@ -1,0 +1,154 @@
+"""Files in, cleaned documents out: nothing is lost in silence."""
+
+import json
+import os
+import re
+import unicodedata
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+
+from rag2.kb.clean import clean, is_blank
+from rag2.kb.read import Item, read, read_csv, read_jsonl, read_markdown, read_text
+from rag2.registry import UserError
+from rag2.types import Document
+from texts import random_text
+
+
+def read_all(items: Iterable[Item]) -> dict[str, Any]:
+    return dict(items)
+
+
+def reasons(items: Iterable[Item]) -> list[str]:
+    return [item for _, item in items if isinstance(item, str)]
+
+
+# ----- cleaning ------------------------------------------------------------------------------
+
+
+def test_cleaning_keeps_what_is_visible_and_is_stable(dice):
+    for _ in range(300):
+        raw = random_text(dice, 30) + dice.choice(["", "\x00", "\r\n", "\u2028", "\ufeff", "\x85"])
+        cleaned = clean(raw)
+        assert clean(cleaned) == cleaned
+        assert unicodedata.is_normalized("NFC", cleaned) and cleaned == cleaned.strip()
+        assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\ufeff]|\n\n\n| \n", cleaned)
+        dropped = "[\x00-\x08\x7f-\x9f\ufeff]"
+        seen_raw, seen = ("".join(re.sub(dropped, "", text).split()) for text in (raw, cleaned))
+        assert unicodedata.normalize("NFC", seen) == unicodedata.normalize("NFC", seen_raw)
+
+
+def test_cleaning_keeps_paragraphs_and_indentation():
+    assert clean(" \r\n a  b\t \r\n\r\n\r\n\r\n  - c\x00d\u00a0 e \n") == "a b\n\n  - cd e"
+
+
+def test_text_of_spaces_and_format_characters_is_blank():
+    assert is_blank("\u200b \u00a0\n\u3000\u200d") and not is_blank("\u200b.")
+
+
+# ----- reading -------------------------------------------------------------------------------
+
+
+def test_jsonl_rows_become_documents_or_a_reason_each_with_its_line(tmp_path):
+    good = {"id": 7, "title": " A\nB ", "text": "x\r\ny", "url": "u", "metadata": {"k": [1, None]}}
+    lines = [
+        b"\xef\xbb\xbf" + json.dumps(good).encode(),
+        b"",
+        b'{"text": "no id", "title": null}',
+        b'{"text": "bad \xff byte"}',
+        b'{"text": "half an emoji \\ud83d"}',
+        b'{"text": "whole emoji \\ud83d\\ude00"}',
+        b'{"text": "meta", "metadata": {"\\udc00": 1}}',
+        b'{"text": 5}',
+        b'{"text": "t", "id": true}',
+        b'{"text": "t", "metadata": []}',
+        b'{"text": "t", "metadata": {"x": NaN}}',
+        b'{"txet": "typo"}',
+        b'{"text": " \\u0000 \\u200b"}',
+        b'["text"]',
+        b'{"text": "cut',
+        b"[" * 100_000,
+        b"9" * 5000,
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b"\n".join(lines))
+    items = read_all(read_jsonl(path, "sub/rows.jsonl"))
+    assert [int(place.removeprefix("sub/rows.jsonl:")) for place in items] == [1, *range(3, 18)]
+    documents = {place[15:]: item for place, item in items.items() if isinstance(item, Document)}
+    assert documents.keys() == {"1", "3", "6"}
+    assert documents["1"] == Document("7", "x\ny", "A B", {"url": "u", "k": [1, None]})
+    assert documents["3"] == Document("sub/rows.jsonl:3", "no id")
+    assert documents["6"].text == "whole emoji \U0001f600"
+    assert "byte 14" in items["sub/rows.jsonl:4"]
+    assert "surrogate" in items["sub/rows.jsonl:5"] and "surrogate" in items["sub/rows.jsonl:7"]
+    assert "Did you mean 'txet'" in items["sub/rows.jsonl:12"]
+    assert items["sub/rows.jsonl:13"] == "no text"
+
+
+def test_csv_rows_have_a_header_and_the_other_columns_are_metadata(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_bytes(
+        b'\xef\xbb\xbfid,text,title,year\na,"two\nlines, one cell",T,1999\n\n,no id,,\n'
+        b"b,too,many,cells,here\nc,bad \xff byte,,\nd,,empty,\ne,"
+        + b"x"
+        * 200_000
+        + b',,\n"f"g,h\n'
+        b"i,last,,"
+    )
+    items = read_all(read_csv(path))
+    assert items["rows.csv:2"] == Document("a", "two\nlines, one cell", "T", {"year": "1999"})
+    assert items["rows.csv:5"] == Document("rows.csv:5", "no id")
+    assert "5 cells under a header of 4" in items["rows.csv:6"]
+    assert "surrogate" in items["rows.csv:7"] and "no 'text'" in items["rows.csv:8"]
+    assert len(items["rows.csv:9"].text) == 200_000  # the csv module's own limit is lower
+    assert "malformed CSV" in items["rows.csv:10"] and items["rows.csv:11"].id == "i"
+    assert len(items) == 8
+    for header in ["id,txt\na,b", "text,text\na,b"]:
+        path.write_text(header)
+        assert len(reasons(read_csv(path))) == 1
+
+
+def test_a_text_file_is_one_document_and_a_markdown_heading_its_title(tmp_path):
+    path = tmp_path / "note.md"
+    path.write_text("\n# The *ferry* #\r\n\r\nIt leaves.\n# Not the title\n")
+    expected = Document("note.md", "It leaves.\n# Not the title", "The *ferry*")
+    assert list(read_markdown(path)) == [("note.md", expected)]
+    path.write_text("# Only a heading\n")
+    assert next(read_markdown(path))[1] == Document("note.md", "# Only a heading")
+    path.write_bytes("# H\u00e9\n".encode("utf-16"))
+    assert reasons(read_text(path)) == ["invalid UTF-8 or a lone surrogate"]
+
+
+def test_everything_in_a_folder_is_read_or_has_a_reason(tmp_path):
+    for name in ("b/a.TXT", "b.md", "image.png", ".hidden", ".git/x.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("text")
+    (tmp_path / "gone.txt").symlink_to("nowhere")
+    os.mkfifo(tmp_path / "pipe.txt")  # opening it would wait for ever
+    items = list(read(tmp_path))
+    assert [place for place, _ in items] == ["b/a.TXT", "b.md", "gone.txt", "image.png", "pipe.txt"]
+    assert [item.id for _, item in items if isinstance(item, Document)] == ["b/a.TXT", "b.md"]
+    assert "'.png'; allowed: .txt, .md" in reasons(items)[1]
+    for source in ("image.png", "missing.txt"):
+        with pytest.raises(UserError, match=source):
+            list(read(tmp_path / source))
+
+
+def test_every_mutated_row_is_accounted_for(tmp_path, dice):
+    row = json.dumps({"id": "a", "text": "caf\u00e9 \U0001f600", "metadata": {"n": 1.5}}).encode()
+    lines = []
+    for _ in range(3000):
+        line = bytearray(row)
+        for _ in range(dice.randrange(4)):
+            line[dice.randrange(len(line))] = dice.randrange(256)
+        lines.append(bytes(line).replace(b"\n", b" "))
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b"\n".join(lines))
+    items = list(read_jsonl(path))
+    assert [place for place, _ in items] == [f"rows.jsonl:{n}" for n in range(1, 3001)]
+    assert 100 < len(reasons(items)) < 2900
+    for _, item in items:
+        if isinstance(item, Document):
+            assert json.dumps([item.id, item.text, item.title, item.metadata]).encode()
+            assert item.text.encode() and clean(item.text) == item.text

@@ -16,6 +16,10 @@ from rag2.registry import UserError, nearest
 from rag2.retrieval import Retriever
 from rag2.types import Chunk, Question
 
+# Questions scored together. A passage that several of them found is read once for all of them, so
+# more is faster; but progress is told, and prompts are held in memory, for so many at a time.
+AT_ONCE = 300
+
 
 @dataclass(frozen=True, slots=True)
 class Arm:
@@ -108,8 +112,8 @@ def evaluate(
     tick: Callable[[int], None] = lambda amount: None,
 ) -> Scores:
     """Every choice's log-likelihood with each of the chunks found, and without any."""
-    for start in range(0, len(questions), 50):
-        part = slice(start, start + 50)
+    for start in range(0, len(questions), AT_ONCE):
+        part = slice(start, start + AT_ONCE)
         pairs: list[tuple[Question, int | None]] = [(q, None) for q in questions[part]]
         for question, ids in zip(questions[part], found.ids_QK[part].tolist(), strict=True):
             pairs += [(question, chunk) for chunk in ids]

@@ -4,7 +4,6 @@ Letters: R (context, continuation) pairs, G contexts, L tokens, T continuation t
 continuation tokens of all pairs in one line, V vocabulary. Log-softmax is in fp32, in nats.
 """
 
-import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,21 +12,21 @@ from typing import Any
 import torch
 from einops import rearrange
 from torch import Tensor
-from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
 
 from rag2.generator.head import Model, Rows, hidden_at, logits_at, plain_weight
 from rag2.generator.pairs import (
     Ids,
     Pair,
-    check_pair,
+    align,
+    check_pairs,
     encode_pairs,
     lay_out,
     length,
-    pad,
     place,
     token_batches,
 )
+from rag2.generator.past import Past, shares_past
+from rag2.generator.prefixes import Group, shared_prefixes
 from rag2_kernels import answer_logprob
 
 
@@ -74,25 +73,33 @@ def score_choices(
 def choice_logprobs(
     model: Model, requests: Sequence[Request], batch_tokens: int = 8192
 ) -> list[list[float]]:
-    """log p(continuation | context) in nats; each context is encoded once for all its choices.
+    """log p(continuation | context) in nats; what contexts and choices share is read once.
 
-    A batch holds at most `batch_tokens` padded cache positions, or one request. Models whose cache
-    cannot be shared (sliding windows, recurrent states, virtual tokens) are scored pair by pair.
-    Raises UserError for a sequence longer than the model's positions.
+    That is three levels: the tokens with which several contexts begin (the passage that several
+    questions found), the rest of each context, the rest of each choice. Each level holds at most
+    `batch_tokens` padded cache positions, or one item. Models whose cache cannot be shared
+    (sliding windows, recurrent states, virtual tokens) are scored pair by pair. Raises UserError
+    for a sequence longer than the model's positions.
     """
-    if not _shares_cache(model):
-        pairs = [(r.context_ids, ids) for r in requests for ids in r.continuations]
+    pairs = [(r.context_ids, ids) for r in requests for ids in r.continuations]
+    if not shares_past(model):
         scores = iter(pair_logprobs(model, pairs, batch_tokens))
         return [[next(scores) for _ in request.continuations] for request in requests]
-    for request in requests:
-        for ids in request.continuations:
-            check_pair(model, (request.context_ids, ids))
+    check_pairs(model, pairs)
     result: list[list[float]] = [[] for _ in requests]
+    groups = shared_prefixes([request.context_ids for request in requests])
+    alone = Group(0, [i for g in groups if not g.shared for i in g.members])
+    groups = [group for group in groups if group.shared]
     with _evaluating(model):
-        for batch in token_batches([_cache_shape(r) for r in requests], batch_tokens):
-            scores = _shared_cache_logprobs(model, [requests[i] for i in batch])
-            for i, request_scores in zip(batch, scores, strict=True):
-                result[i] = request_scores
+        for batch in token_batches([(1, group.shared) for group in groups], batch_tokens):
+            some = [groups[i] for i in batch]
+            prefixes = [requests[g.members[0]].context_ids[: g.shared] for g in some]
+            _, past = Past.nothing(model, len(some)).read(model, prefixes)
+            for i, scores in _group_logprobs(model, requests, some, past, batch_tokens):
+                result[i] = scores
+        nothing = Past.nothing(model, 1)
+        for i, scores in _group_logprobs(model, requests, [alone], nothing, batch_tokens):
+            result[i] = scores
     return result
 
 
@@ -112,63 +119,52 @@ def pair_logprobs(model: Model, pairs: Sequence[Pair], batch_tokens: int = 8192)
     return result
 
 
-def _shared_cache_logprobs(model: Model, requests: Sequence[Request]) -> list[list[float]]:
-    """First tokens from the contexts' last logits, the others from a second, cached forward."""
+def _group_logprobs(
+    model: Model,
+    requests: Sequence[Request],
+    groups: Sequence[Group],
+    past: Past,
+    batch_tokens: int,
+) -> Iterator[tuple[int, list[float]]]:
+    """(index, scores) of each member of the groups; `past` has read their prefixes, one a row."""
+    todo = [(row, i, group.shared) for row, group in enumerate(groups) for i in group.members]
+    width = past.mask_RP.shape[1]
+    shapes = [_cache_shape(requests[i], width - shared) for _, i, shared in todo]
+    for batch in token_batches(shapes, batch_tokens):
+        rows, members, shared = zip(*(todo[j] for j in batch), strict=True)
+        start = past.take(torch.tensor(rows, device=place(model)))
+        rests = [requests[i].context_ids[n:] for i, n in zip(members, shared, strict=True)]
+        choices = [requests[i].continuations for i in members]
+        yield from zip(members, _rest_logprobs(model, start, rests, choices), strict=True)
+
+
+def _rest_logprobs(
+    model: Model, start: Past, rests: Sequence[Ids], continuations: Sequence[Sequence[Ids]]
+) -> list[list[float]]:
+    """First tokens from the contexts' last logits, the others from one more, cached forward."""
     device = place(model)
-    lengths_G = torch.tensor([len(r.context_ids) for r in requests], device=device)
-    ids_GL, mask_GL = pad([r.context_ids for r in requests], device)
-    last = Rows(torch.arange(len(requests), device=device), ids_GL.shape[1] - lengths_G + 1)
-    cache = DynamicCache(config=model.config)
-    logits_GV, output = logits_at(
-        model, last, input_ids=ids_GL, attention_mask=mask_GL, past_key_values=cache, use_cache=True
-    )
+    logits_GV, past = start.read(model, rests)
     logp_GV = _log_softmax(logits_GV)
-    choices = [(g, ids) for g, r in enumerate(requests) for ids in r.continuations]
+    choices = [(g, ids) for g, group in enumerate(continuations) for ids in group]
     owner_R = torch.tensor([g for g, _ in choices], device=device)
     first_R = torch.tensor([ids[0] for _, ids in choices], device=device)
     logp_R = logp_GV[owner_R, first_R]
-
-    longer = [i for i, (_, ids) in enumerate(choices) if len(ids) > 1]
+    longer = [r for r, (_, ids) in enumerate(choices) if len(ids) > 1]
     if longer:
-        owner_S = owner_R[longer]
-        pairs = [((ids[0],), ids[1:]) for _, ids in (choices[i] for i in longer)]
-        inputs, rows, labels_M = lay_out(model, pairs)
-        cache = output.past_key_values
-        cache.batch_select_indices(owner_S)
-        # Padding stands between a context and its continuation: the mask hides it, and positions
-        # go on from the context's true length.
-        steps_T = torch.arange(inputs["input_ids"].shape[1], device=device)
-        logits_MV, _ = logits_at(
-            model,
-            rows,
-            input_ids=inputs["input_ids"],
-            attention_mask=torch.cat([mask_GL[owner_S], inputs["attention_mask"]], dim=1),
-            position_ids=rearrange(lengths_G[owner_S], "s -> s 1") + steps_T,
-            past_key_values=cache,
-            use_cache=True,
-        )
+        pairs = [(ids[:1], ids[1:]) for _, ids in (choices[r] for r in longer)]
+        tokens, rows, labels_M = align(pairs, device)
+        logits_MV, _ = past.take(owner_R[longer]).read(model, tokens, rows)
         rest_M = _label_logp(logits_MV, labels_M)
         logp_R.index_add_(0, torch.tensor(longer, device=device)[rows.sequence_M], rest_M)
     scores = iter(logp_R.tolist())
-    return [[next(scores) for _ in r.continuations] for r in requests]
+    return [[next(scores) for _ in group] for group in continuations]
 
 
-def _shares_cache(model: Model) -> bool:
-    """Whether a cache can be copied row by row and continued behind padding."""
-    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
-        return False  # virtual tokens would be put in front of the cached continuation again
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if "position_ids" not in inspect.signature(inner.forward).parameters:
-        return False  # positions would be counted through the padding
-    layers = DynamicCache(config=model.config).layers
-    return all(type(layer) is DynamicLayer for layer in layers)
-
-
-def _cache_shape(request: Request) -> tuple[int, int]:
-    """(rows, length) that a request needs in the cache."""
+def _cache_shape(request: Request, gap: int) -> tuple[int, int]:
+    """(rows, length) that a request needs in the cache, with `gap` of padding after its prefix."""
     longest = max((len(ids) for ids in request.continuations), default=1)
     several = sum(len(ids) > 1 for ids in request.continuations)
-    return max(1, several), len(request.context_ids) + longest - 1
+    return max(1, several), len(request.context_ids) + gap + longest - 1
 
 
 # -- training: with gradient ---------------------------------------------------------------------

@@ -63,8 +63,8 @@ def _encode(tokenizer: Any, texts: Sequence[str]) -> dict[str, list[int]]:
             t for t in dict.fromkeys(texts) if (bos is not None and t.startswith(bos)) == begins
         ]
         if todo:
-            rows = tokenizer(todo, add_special_tokens=not begins)["input_ids"]
-            ids.update(zip(todo, rows, strict=True))
+            rows = tokenizer(todo, add_special_tokens=not begins, return_attention_mask=False)
+            ids.update(zip(todo, rows["input_ids"], strict=True))
     return ids
 
 
@@ -78,22 +78,26 @@ def _prefix(tokenizer: Any) -> int:
 def lay_out(model: Model, pairs: Sequence[Pair]) -> tuple[dict[str, Tensor], Rows, Tensor]:
     """Right-padded inputs of the pairs, the rows that predict their continuations, the labels.
 
-    The last token of a pair is a label only: nothing is predicted from it. Raises UserError as
-    `check_pair` does.
+    Raises UserError as `check_pairs` does.
     """
-    device = place(model)
-    for pair in pairs:
-        check_pair(model, pair)
-    ids_RL, mask_RL = pad([[*context, *ids[:-1]] for context, ids in pairs], device)
+    check_pairs(model, pairs)
+    tokens, rows, labels_M = align(pairs, place(model))
+    ids_RL, mask_RL = pad(tokens, place(model))
+    return {"input_ids": ids_RL, "attention_mask": mask_RL}, rows, labels_M
+
+
+def align(pairs: Sequence[Pair], device: torch.device) -> tuple[list[list[int]], Rows, Tensor]:
+    """The tokens to read for each pair, the rows that predict its continuation, the labels_M.
+
+    The last token of a pair is a label only: nothing is predicted from it.
+    """
+    tokens = [[*context, *ids[:-1]] for context, ids in pairs]
+    width = max(map(len, tokens))
     sequence_M = [r for r, (_, ids) in enumerate(pairs) for _ in ids]
-    back_M = [
-        ids_RL.shape[1] - len(context) + 1 - step
-        for context, ids in pairs
-        for step in range(len(ids))
-    ]
+    back_M = [width - len(context) + 1 - step for context, ids in pairs for step in range(len(ids))]
     labels_M = torch.tensor([token for _, ids in pairs for token in ids], device=device)
     rows = Rows(torch.tensor(sequence_M, device=device), torch.tensor(back_M, device=device))
-    return {"input_ids": ids_RL, "attention_mask": mask_RL}, rows, labels_M
+    return tokens, rows, labels_M
 
 
 def pad(ids: Sequence[Ids], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -109,15 +113,16 @@ def length(pair: Pair) -> int:
     return len(pair[0]) + len(pair[1]) - 1
 
 
-def check_pair(model: Model, pair: Pair) -> None:
+def check_pairs(model: Model, pairs: Sequence[Pair]) -> None:
     """Raise UserError for a pair longer than the model's positions: nothing is cut silently."""
-    assert pair[0] and pair[1], "a pair needs at least one token of context and of continuation"
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if limit is not None and length(pair) > limit:
-        raise UserError(
-            f"context and continuation take {length(pair)} tokens, the generator has positions "
-            f"for {limit}: lower prompt.budget"
-        )
+    for pair in pairs:
+        assert pair[0] and pair[1], "a pair needs at least one token of context and of continuation"
+        if limit is not None and length(pair) > limit:
+            raise UserError(
+                f"context and continuation take {length(pair)} tokens, the generator has positions "
+                f"for {limit}: lower prompt.budget"
+            )
 
 
 def token_batches(shapes: Sequence[tuple[int, int]], batch_tokens: int) -> list[list[int]]:

@@ -1,0 +1,76 @@
+"""What a model has read: a cache whose rows can be copied and read on from.
+
+Letters: R rows, P positions in the cache, L tokens to read next, M rows of logits, V vocabulary.
+"""
+
+import copy
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from rag2.generator.head import Model, Rows, logits_at
+from rag2.generator.pairs import Ids, pad, place
+
+
+@dataclass(frozen=True, slots=True)
+class Past:
+    """R token sequences as the model keeps them; padding may stand anywhere between the tokens."""
+
+    cache: DynamicCache
+    mask_RP: Tensor
+
+    @classmethod
+    def nothing(cls, model: Model, rows: int) -> "Past":
+        """Rows of which the model has read no token yet."""
+        mask_RP = torch.zeros(rows, 0, dtype=torch.long, device=place(model))
+        return cls(DynamicCache(config=model.config), mask_RP)
+
+    def take(self, index_R: Tensor) -> "Past":
+        """A copy of the rows at `index_R`, in its order; a row may be taken several times."""
+        cache = copy.copy(self.cache)
+        cache.layers = [copy.copy(layer) for layer in self.cache.layers]
+        cache.batch_select_indices(index_R)
+        return Past(cache, self.mask_RP[index_R])
+
+    def read(
+        self, model: Model, ids: Sequence[Ids], rows: Rows | None = None
+    ) -> tuple[Tensor, "Past"]:
+        """Read `ids` after each row: the logits_MV at `rows`, and the longer past.
+
+        `rows` counts in the right-padded ids and is by default the last token of each. The cache
+        of this past is used up: take a copy to read on from it twice.
+        """
+        ids_RL, mask_RL = pad(ids, self.mask_RP.device)
+        mask_RP = torch.cat([self.mask_RP, mask_RL], dim=1)
+        # Padding is hidden by the mask and takes no position: tokens are counted, not columns.
+        # Behind a row's end the count stands still, so that no position is beyond the model's.
+        lengths_R1 = self.mask_RP.sum(1, keepdim=True)
+        if rows is None:
+            index_R = torch.arange(len(ids), device=ids_RL.device)
+            rows = Rows(index_R, ids_RL.shape[1] - mask_RL.sum(1) + 1)
+        logits_MV, output = logits_at(
+            model,
+            rows,
+            input_ids=ids_RL,
+            attention_mask=mask_RP,
+            position_ids=lengths_R1 + mask_RL.cumsum(1) - 1,
+            past_key_values=self.cache,
+            use_cache=True,
+        )
+        return logits_MV, Past(output.past_key_values, mask_RP)
+
+
+def shares_past(model: Model) -> bool:
+    """Whether a cache can be copied row by row and continued behind padding."""
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        return False  # virtual tokens would be put in front of the cached continuation again
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if "position_ids" not in inspect.signature(inner.forward).parameters:
+        return False  # positions would be counted through the padding
+    layers = DynamicCache(config=model.config).layers
+    return all(type(layer) is DynamicLayer for layer in layers)

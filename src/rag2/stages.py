@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +19,18 @@ from rag2.registry import UserError
 from rag2.training.log import Advance, Bars
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+# Asks Linux to kill this process when its parent (argv[1]) ends, then becomes the command. The
+# parent may have ended before the request; without ctypes or prctl the command runs all the same.
+LEASH = """
+import contextlib, os, signal, sys
+with contextlib.suppress(ImportError, OSError, AttributeError):
+    import ctypes
+    ctypes.CDLL(None).prctl(1, int(signal.SIGKILL), 0, 0, 0)  # 1: PR_SET_PDEATHSIG
+if os.getppid() != int(sys.argv[1]):
+    sys.exit("error: what started this stage has ended")
+os.execvp(sys.argv[2], sys.argv[2:])
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +47,8 @@ class Job:
 def run(jobs: Sequence[Job], at_once: int, done: Callable[[str], None]) -> None:
     """Run every job; `done(name)` is called after each success.
 
-    Raises UserError with a failed job's last line. However it ends, no subprocess outlives it, and
-    what the others have checkpointed is there for the next try.
+    Raises UserError with a failed job's last line. However it ends, no subprocess outlives it (by a
+    SIGKILL: on Linux), and what the others have checkpointed is there for the next try.
     """
     waiting, running = list(jobs), dict[str, _Process]()
     with Bars() as bars, _terminable():
@@ -73,6 +86,16 @@ def _terminable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+def _leashed(command: Sequence[str]) -> Sequence[str]:
+    """The command that, on Linux, is killed when this thread ends; the same process id runs it.
+
+    A kill is safe at any time: what counts is committed whole. Elsewhere the command as it is.
+    """
+    if sys.platform != "linux":
+        return command
+    return [sys.executable, "-I", "-S", "-c", LEASH, str(os.getpid()), *command]
+
+
 class _Process:
     """One running job: its output goes to stage.log, its log.jsonl moves the bar."""
 
@@ -81,7 +104,7 @@ class _Process:
         job.directory.mkdir(parents=True, exist_ok=True)
         self._output = (job.directory / "stage.log").open("w", encoding="utf-8")
         self._popen = subprocess.Popen(
-            job.command,
+            _leashed(job.command),
             stdin=subprocess.DEVNULL,
             stdout=self._output,
             stderr=subprocess.STDOUT,

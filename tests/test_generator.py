@@ -145,6 +145,15 @@ def test_a_vocabulary_too_small_for_the_bytes_is_refused():
 # -- prompt --------------------------------------------------------------------------------------
 
 
+def test_a_number_has_the_same_tokens_at_the_start_of_a_line_as_after_a_space():
+    tokenizer = train_bpe(["in 1848 and\n1848 again, 42,972 of 42,972"] * 50, 400)
+    ids = {digit: tokenizer.convert_tokens_to_ids(digit) for digit in "0123456789"}
+    spelled = [ids["4"], ids["2"]]
+    for text in ("42", "a 42", "a\n42"):
+        assert tokenizer.encode(text)[-2:] == spelled
+        assert tokenizer.decode(tokenizer.encode(text), skip_special_tokens=True) == text
+
+
 def test_the_best_passage_stands_nearest_to_the_question(tokenizer):
     built = Prompt().context("Who?", ["best", "second"], tokenizer)
     assert built.text == "second\n\nbest\n\nQuestion: Who?\nAnswer:" and built.dropped == 0

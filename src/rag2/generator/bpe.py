@@ -14,6 +14,8 @@ SMALLEST = 3 + 256  # the special tokens and one token per byte, so that no text
 def train_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """A BPE of at most `vocab_size` tokens over all bytes, `<s>` put first as in Llama.
 
+    Every digit is a token of its own (also as in Llama), so that a number has the same tokens at
+    the start of a line as after a space, and a small model can copy it.
     The same texts in the same order give the same tokenizer. The retriever's roles reuse the
     generator's tokens (cls = `<s>`, sep = `</s>`, mask = `<pad>`), so that one vocabulary serves
     both halves. Raises UserError if `vocab_size` cannot hold the bytes and the special tokens.
@@ -21,7 +23,9 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     if vocab_size < SMALLEST:
         raise UserError(f"vocab_size {vocab_size} is too small: a byte-level BPE needs {SMALLEST}")
     bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([digits, words])
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,

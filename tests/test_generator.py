@@ -355,6 +355,11 @@ def test_no_other_whole_groups_save_more_tokens_than_those_of_shared_prefixes():
         assert sum((len(g.members) - 1) * g.shared for g in groups) == best
 
 
+def test_no_requests_have_no_scores_and_no_contexts_no_groups(tmp_path, tokenizer):
+    assert shared_prefixes([]) == []
+    assert choice_logprobs(build("llama", tmp_path, tokenizer), []) == []
+
+
 def test_contexts_that_all_begin_each_other_need_no_deep_recursion():
     groups = shared_prefixes([[3] * length for length in range(1, 1200)])
     assert sum(len(group.members) for group in groups) == 1199

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 
 from rag2.generator.pairs import Ids
 
@@ -47,7 +48,7 @@ def shared_prefixes(contexts: Sequence[Ids]) -> list[Group]:
     # Contexts in sorted order are the leaves of the trie; `path` holds the nodes above the current
     # one. A loop, not a recursion: a trie can be as deep as a context is long.
     path = [_Node(0)]
-    for i, following in zip(order, [*order[1:], None], strict=True):
+    for i, following in zip_longest(order, order[1:]):
         depth = 0 if following is None else _common(heads[i], heads[following])
         child = _Node(len(heads[i]), [i], groups=[Group(0, [i])])
         while path[-1].depth > depth:

@@ -11,7 +11,7 @@ from rag2.registry import UserError
 from rag2.training import batches
 from rag2.training.candidates import Candidates, Proposals
 from rag2.training.objectives import Supervised, Unsupervised
-from rag2.training.sequences import blocks, collate, reading, weigh
+from rag2.training.sequences import blocks, collate, reading, said_twice, weigh
 from rag2.types import Chunk, Question
 from small_world import asked
 
@@ -132,6 +132,17 @@ def test_only_the_answers_and_the_space_before_them_weigh_one(tokenizer):
     assert sequence.ids_L[0] == tokenizer.bos_token_id
     assert sequence.ids_L[-1] == tokenizer.eos_token_id
     assert set(sequence.weights_L.tolist()) == {1.0, float(np.float32(0.1))}
+
+
+def test_the_second_time_of_a_row_for_copying_counts_and_can_be_known(tokenizer, rng):
+    row = said_twice(tokenizer, 7, rng)
+    first_L, second_L = row.ids_L.reshape(2, 7)
+    assert first_L.tolist() == second_L.tolist()
+    assert not set(first_L.tolist()) & set(tokenizer.all_special_ids)
+    assert (
+        row.weights_L.tolist() == [0.0] * 8 + [1.0] * 6
+    )  # nothing foretells where it begins again
+    assert said_twice(tokenizer, 7, rng).ids_L.tolist() != row.ids_L.tolist()
 
 
 def test_blocks_are_the_corpus_in_one_line_with_marks_around_every_text(tokenizer):

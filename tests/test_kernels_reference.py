@@ -1,21 +1,12 @@
 """The plain-torch definitions: values, exact gradients and the invariants of the marginal."""
 
-import random
-
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
 from rag2_kernels import answer_logprob, marginal_nll
 
-
-@pytest.fixture(autouse=True)
-def seed() -> int:
-    """Fresh inputs in every run; pytest shows the seed of a failing test."""
-    value = random.SystemRandom().randrange(2**31)
-    print(f"seed {value}")  # noqa: T201
-    torch.manual_seed(value)
-    return value
+pytestmark = pytest.mark.usefixtures("seed")
 
 
 def head_inputs(rows=37, hidden=19, vocabulary=101, dtype=torch.float64, scale=1.0):

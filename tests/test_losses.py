@@ -1,19 +1,12 @@
 """Losses against their equations."""
 
-import secrets
-
 import pytest
 import torch
 
 from rag2.losses.contrastive import info_nce, same_group
 from rag2.losses.marginal import Marginal
 
-
-@pytest.fixture(autouse=True)
-def seed():
-    seed = secrets.randbits(32)
-    print(f"seed {seed}")  # noqa: T201 (pytest shows it when the test fails)
-    torch.manual_seed(seed)
+pytestmark = pytest.mark.usefixtures("seed")
 
 
 def answers(questions=3, chunks=5, tokens=4):

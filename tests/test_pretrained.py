@@ -6,7 +6,6 @@ they are like those of Llama 3, Mistral 7B v0.3, Qwen3, BERT (bge, e5) and Moder
 
 import importlib.util
 import json
-import secrets
 import shutil
 from pathlib import Path
 from types import ModuleType
@@ -53,12 +52,7 @@ GROUPED: dict[str, Any] = SHAPE | {"num_key_value_heads": 2}
 LIMITS = ("prompt.budget=200", "candidates={dense: 2, bm25: 1, random: 1}", "batch_size=4")
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    seed = secrets.randbits(31)
-    print(f"seed {seed}")  # noqa: T201 (pytest shows it when the test fails)
-    torch.manual_seed(seed)
-    return seed
+pytestmark = pytest.mark.usefixtures("seed")
 
 
 # ----- tokenizers, as the families have them ----------------------------------------------------

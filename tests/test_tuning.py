@@ -1,6 +1,5 @@
 """Tuning methods: what trains, and that merging changes nothing."""
 
-import secrets
 from typing import Any
 
 import pytest
@@ -10,12 +9,7 @@ from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 from rag2.tuning.full import Full, trained_parameters
 from rag2.tuning.lora import LoRA
 
-
-@pytest.fixture(autouse=True)
-def seed():
-    seed = secrets.randbits(32)
-    print(f"seed {seed}")  # noqa: T201 (pytest shows it when the test fails)
-    torch.manual_seed(seed)
+pytestmark = pytest.mark.usefixtures("seed")
 
 
 def causal_lm():

@@ -11,6 +11,7 @@ from rag2.generator.load import Generator, build_llama
 from rag2.generator.prompt import Prompt
 from rag2.registry import UserError
 from small_models import WORDS, encode_pair, small_tokenizer
+from texts import ODD
 
 pytestmark = pytest.mark.usefixtures("seed")
 
@@ -88,6 +89,19 @@ def test_passages_over_budget_are_dropped_whole_worst_first_and_counted(tokenize
 def test_a_question_that_does_not_fit_is_refused_not_cut(tokenizer):
     with pytest.raises(UserError, match="budget=10 .* alone takes"):
         Prompt(budget=10).context("mill " * 50, ["p"], tokenizer)
+
+
+@pytest.mark.parametrize("which", range(3))
+def test_a_budget_is_what_counting_the_tokens_would_say(tokenizers, which, dice):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizers[which])
+    for words in (WORDS, WORDS + ODD):
+        for _ in range(20):
+            question = " ".join(dice.choices(words, k=dice.randint(1, 12))) or "?"
+            text = Prompt(budget=10_000).context(question, [], tokenizer).text
+            count = len(tokenizer.encode(text))
+            assert Prompt(budget=count).context(question, [], tokenizer).text == text
+            with pytest.raises(UserError, match="alone takes"):
+                Prompt(budget=count - 1).context(question, [], tokenizer)
 
 
 # -- encode_pairs --------------------------------------------------------------------------------

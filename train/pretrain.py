@@ -66,7 +66,7 @@ class PretrainConfig(pipeline.Inputs):
     lr_hidden: float = Field(default=1e-2, gt=0)
     """of Muon, for the hidden matrices"""
     lr: float = Field(default=1e-2, gt=0)
-    """of AdamW, for embeddings and vectors; copying is learnt in a third of the steps of 3e-3"""
+    """of AdamW, for embeddings and vectors; low rates learn to copy names late or never"""
     betas: tuple[float, float] = (0.9, 0.98)
     weight_decay: float = Field(default=0.01, ge=0)
     max_norm: float = Field(default=1.0, gt=0)

@@ -46,7 +46,7 @@ class Prompt(Config):
         stem = self._stem(question, choices)
         for kept in range(len(passages), -1, -1):
             text = GAP.join([*reversed(passages[:kept]), stem])
-            if len(tokenizer.encode(text)) <= self.budget:
+            if self._fits(text, tokenizer):
                 return Built(text, dropped=len(passages) - kept)
         raise UserError(
             f"prompt.budget={self.budget} tokens: question {question[:60]!r} alone takes "
@@ -58,6 +58,13 @@ class Prompt(Config):
         if self.format == "letters":
             return [f" {letter}" for letter, _ in _lettered(choices)]
         return [f" {choice}" for choice in choices]
+
+    def _fits(self, text: str, tokenizer: Any) -> bool:
+        # A token stands for at least one character of ASCII, so that short texts need no counting.
+        specials = tokenizer.num_special_tokens_to_add()
+        if text.isascii() and len(text) + specials <= self.budget:
+            return True
+        return len(tokenizer.encode(text)) <= self.budget
 
     def _stem(self, question: str, choices: Sequence[str]) -> str:
         if self.format == "cloze":

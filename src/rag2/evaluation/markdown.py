@@ -122,6 +122,28 @@ def _paired_section(results: Results) -> Iterator[str]:
         "Differences in points of accuracy on the same questions; paired bootstrap interval; "
         "exact two-sided McNemar test; Holm over the rows of this table."
     )
+    labels = [
+        (key, label) for key, found in results["paired"][0]["groups"].items() for label in found
+    ]
+    if labels:
+        yield "### By group"
+        yield _table(
+            ("a", "b", *(f"{key}: {label}" for key, label in labels)),
+            (
+                [
+                    row["a"],
+                    row["b"],
+                    *(_contrast(row["groups"][key][label]) for key, label in labels),
+                ]
+                for row in results["paired"]
+            ),
+        )
+        yield "a - b with its interval and the unadjusted p of the questions in each group."
+
+
+def _contrast(test: Results) -> str:
+    where = interval(test["ci95"], points)
+    return f"{points(test['difference'])} {where}, p = {test['mcnemar_p']:.2g}"
 
 
 def _grid_section(results: Results) -> Iterator[str]:

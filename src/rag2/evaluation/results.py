@@ -8,6 +8,7 @@ import numpy as np
 
 from rag2.evaluation import stats
 from rag2.evaluation.outcome import ArmResult
+from rag2.evaluation.score import Bools
 
 FORMAT = "rag2.results/1"
 CONTROLS = ("majority", "random_rag", "gold_rag")
@@ -50,7 +51,7 @@ def summarize(
         "seed": seed,
         "interval": "wilson",
         "arms": {name: _arm(arm, groups) for name, arm in named.items()},
-        "paired": _paired(named, seed),
+        "paired": _paired(named, groups, seed),
         "k_selection": _k_selection(arms),
         "environment": dict(environment),
     }
@@ -104,18 +105,21 @@ def _arm(arm: ArmResult, groups: Sequence[str]) -> dict[str, Any]:
 
 
 def _group(arm: ArmResult, key: str) -> dict[str, dict[str, Any]]:
-    label_Q = np.array([str(question.metadata.get(key, "")) for question in arm.questions])
     return {
-        str(label): {
-            "accuracy": float(np.mean(arm.correct[label_Q == label])),
-            "n": int(np.sum(label_Q == label)),
-        }
-        for label in np.unique(label_Q)
-        if label
+        label: {"accuracy": float(np.mean(arm.correct[where_Q])), "n": int(where_Q.sum())}
+        for label, where_Q in _labels(arm, key).items()
     }
 
 
-def _paired(arms: Mapping[str, ArmResult], seed: int) -> list[dict[str, Any]]:
+def _labels(arm: ArmResult, key: str) -> dict[str, Bools]:
+    """Which questions have each value of a metadata key."""
+    label_Q = np.array([str(question.metadata.get(key, "")) for question in arm.questions])
+    return {str(label): label_Q == label for label in np.unique(label_Q) if label}
+
+
+def _paired(
+    arms: Mapping[str, ArmResult], groups: Sequence[str], seed: int
+) -> list[dict[str, Any]]:
     pairs = contrasts(arms)
     tests = [stats.paired(arms[a].correct, arms[b].correct, seed=seed) for a, b in pairs]
     adjusted = stats.holm([test.mcnemar_p for test in tests])
@@ -129,9 +133,23 @@ def _paired(arms: Mapping[str, ArmResult], seed: int) -> list[dict[str, Any]]:
             "holm_p": p,
             "a_only": test.a_only,
             "b_only": test.b_only,
+            "groups": _paired_groups(arms[a], arms[b], groups, seed),
         }
         for (a, b), test, p in zip(pairs, tests, adjusted, strict=True)
     ]
+
+
+def _paired_groups(
+    a: ArmResult, b: ArmResult, groups: Sequence[str], seed: int
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """The same test within each group, its p as it is: a look inside a contrast, no new claim."""
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for key in groups:
+        for label, where_Q in _labels(a, key).items():
+            test = stats.paired(a.correct[where_Q], b.correct[where_Q], seed=seed)
+            row = {"difference": test.difference, "ci95": test.ci95, "mcnemar_p": test.mcnemar_p}
+            found.setdefault(key, {})[label] = row
+    return found
 
 
 def _k_selection(arms: Sequence[ArmResult]) -> dict[str, Any]:

@@ -37,8 +37,8 @@ class CompareConfig(pipeline.Inputs):
 
     out: str = "runs/compare"
     """directory of the report; the systems are found or made in `home`"""
-    seed: int = 0
-    arms: list[str] = [name for name in arms.ARMS] + ["majority"]
+    seed: int = Field(default=0, ge=0)
+    arms: list[str] = Field(default=[*arms.ARMS, "majority"], min_length=1)
     ks: list[int] = Field(default=list(select.KS), min_length=1)
     """numbers of chunks to choose from on validation; 0 is the closed book"""
     prompt: Prompt = Prompt()

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Literal
 
+from pydantic import PositiveInt
 from rich.console import Console
 
 from rag2 import config, pipeline
@@ -36,7 +37,7 @@ class McConfig(pipeline.Inputs):
     """letters: the choices are listed and the answer is a letter; cloze: the answer's text"""
     shots: Literal[0] = 0
     """worked examples before the question"""
-    budget: int = 1024
+    budget: PositiveInt = 1024
     """tokens of the context"""
     dtype: str = "float32"
     device: str = "cpu"

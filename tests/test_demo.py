@@ -1,5 +1,6 @@
 """The comparison end to end: every arm on a tiny almanac; what the real demo must show (slow)."""
 
+import itertools
 import json
 import os
 import shutil
@@ -334,14 +335,21 @@ def test_stages_run_after_those_they_need_and_no_more_at_once_than_asked(tmp_pat
     finished: list[str] = []
     stages.run(jobs, 2, finished.append)
     assert sorted(finished) == ["a", "b", "c", "d"]
-    spans = {
-        name: [float(line) for line in (tmp_path / name / "stage.log").read_text().split()]
-        for name in needs
-    }
+    spans = _spans(tmp_path)
     assert all(spans[name][0] >= spans[before][1] for name in needs for before in needs[name])
     finished.clear()
     stages.run(jobs, 1, finished.append)
     assert finished in (["a", "b", "c", "d"], ["a", "c", "b", "d"])
+    in_turn = sorted(_spans(tmp_path).values())
+    assert all(later[0] >= earlier[1] for earlier, later in itertools.pairwise(in_turn))
+
+
+def _spans(home: Path) -> dict[str, list[float]]:
+    """Begin and end of each stage, as it printed them."""
+    return {
+        log.parent.name: [float(line) for line in log.read_text().split()]
+        for log in home.glob("*/stage.log")
+    }
 
 
 # --- what the real demo must show -----------------------------------------------------------------

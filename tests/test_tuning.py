@@ -6,10 +6,16 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
-from rag2.tuning.full import Full, trained_parameters
+from rag2.training.optim import trainable
+from rag2.tuning.full import Full
 from rag2.tuning.lora import LoRA
 
 pytestmark = pytest.mark.usefixtures("seed")
+
+
+def trained_parameters(model) -> int:
+    """Number of trainable weights; tied weights count once."""
+    return sum(p.numel() for p in trainable([model]))
 
 
 def causal_lm():

@@ -5,7 +5,6 @@ rag2 train finetune -c configs/demo/finetune.yaml tuning.name=lora steps=20 out=
 rag2 train finetune -c configs/demo/finetune.yaml objective.name=supervised out=runs/sft
 """
 
-import json
 from pathlib import Path
 
 from pydantic import Field
@@ -20,6 +19,7 @@ from rag2.training.choices import Objective, Tuning
 from rag2.training.log import Clock, progress
 from rag2.training.objectives import Unsupervised
 from rag2.training.run import Run
+from rag2.training.sequences import read_passages
 from rag2.tuning.full import Full
 
 
@@ -27,7 +27,7 @@ class FinetuneConfig(pipeline.Inputs):
     """Unsupervised or supervised fine-tuning of the generator."""
 
     out: str = "runs/ft"
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
     kb: str | None = None
     """knowledge base file, for the unsupervised objective"""
     questions: str | None = None
@@ -46,7 +46,7 @@ class FinetuneConfig(pipeline.Inputs):
     steps: int = Field(default=100, ge=0)
     batch_size: int = Field(default=16, ge=1)
     lr: float = Field(default=5e-4, gt=0)
-    betas: tuple[float, float] = (0.9, 0.98)
+    betas: optim.Betas = (0.9, 0.98)
     weight_decay: float = Field(default=0.01, ge=0)
     max_norm: float = Field(default=1.0, gt=0)
     schedule: optim.Schedule = optim.Schedule(warmup=10)
@@ -99,10 +99,7 @@ def read_data(cfg: FinetuneConfig) -> list:
     if not texts:
         raise UserError(f"{cfg.kb}: the knowledge base is empty")
     if cfg.paraphrases:
-        for line in Path(cfg.paraphrases).read_text(encoding="utf-8").split("\n"):
-            if line:
-                row = json.loads(line)
-                texts.append(f"{row['title']}\n{row['text']}")
+        texts += read_passages(Path(cfg.paraphrases))
     return texts
 
 

@@ -39,7 +39,7 @@ class JointConfig(pipeline.Inputs):
     """Joint training of retriever and generator."""
 
     out: str = "runs/joint"
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
     kb: str | None = None
     """knowledge base file"""
     questions: str | None = None
@@ -68,7 +68,7 @@ class JointConfig(pipeline.Inputs):
     prompt: Prompt = Prompt()
     lr_retriever: float = Field(default=6e-4, ge=0)
     lr_generator: float = Field(default=1e-4, ge=0)
-    betas: tuple[float, float] = (0.9, 0.98)
+    betas: optim.Betas = (0.9, 0.98)
     weight_decay: float = Field(default=0.01, ge=0)
     max_norm: float = Field(default=1.0, gt=0)
     schedule: optim.Schedule = optim.Schedule()
@@ -91,7 +91,10 @@ def main(cfg: JointConfig) -> dict[str, float]:
     optimizer = optim.adamw(halves, cfg.weight_decay, cfg.betas)
     run = Run(cfg, {"retriever": rag.retriever, "generator": rag.generator}, optimizer)
     generations = run.out / "generations"
-    reindexer = Reindexer(generations, chunks, rag.retriever, cfg.index, kb_version, kb_hash)
+    first_rank = distributed.rank() == 0
+    reindexer = Reindexer(
+        generations, chunks, rag.retriever, cfg.index, kb_version, kb_hash, keep=first_rank
+    )
     number = run.extra.get("generation")
     first = reindexer.build(0) if number is None else reindexer.load(number)
     index = LiveIndex(first, reindexer.build, cfg.refresh)

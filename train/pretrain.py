@@ -48,14 +48,14 @@ class PretrainConfig(pipeline.Inputs):
     """Pretraining of a small base model."""
 
     out: str = "runs/base"
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
     corpus: str | None = None
     """JSONL of reading rows"""
     tokenizer: str | None = None
     """directory of a tokenizer; null: one is trained on the corpus"""
     network: Network = Network()
     prompt: Prompt = Prompt()
-    text_weight: float = Field(default=0.1, ge=0)
+    text_weight: float = Field(default=0.1, gt=0)
     """of a token that is no answer, where an answer's weighs 1"""
     text_share: float = Field(default=0.3, gt=0, le=1)
     """share of those tokens that a step's loss is taken on, drawn anew each time"""
@@ -67,7 +67,7 @@ class PretrainConfig(pipeline.Inputs):
     """of Muon, for the hidden matrices"""
     lr: float = Field(default=1e-2, gt=0)
     """of AdamW, for embeddings and vectors; low rates learn to copy names late or never"""
-    betas: tuple[float, float] = (0.9, 0.98)
+    betas: optim.Betas = (0.9, 0.98)
     weight_decay: float = Field(default=0.01, ge=0)
     max_norm: float = Field(default=1.0, gt=0)
     schedule: optim.Schedule = optim.Schedule()

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, PositiveInt, model_validator
 
 from rag2 import config, pipeline
 from rag2.evaluation.questions import load_questions, split
@@ -36,7 +36,7 @@ class RetrieverConfig(pipeline.Inputs):
     """Contrastive warm start of the dual encoder."""
 
     out: str = "runs/retriever"
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
     kb: str | None = None
     """knowledge base file"""
     questions: str | None = None
@@ -46,13 +46,13 @@ class RetrieverConfig(pipeline.Inputs):
     encoder: EncoderConfig = EncoderConfig()
     siblings: float = Field(default=0.5, ge=0, le=1)
     """share of queries whose positive is another chunk under the same title"""
-    words: tuple[int, int] = (4, 12)
+    words: tuple[PositiveInt, PositiveInt] = (4, 12)
     """fewest and most words of a query span"""
     steps: int = Field(default=1000, ge=0)
     """the most steps; validation stops earlier"""
     batch_size: int = Field(default=64, ge=2)
     lr: float = Field(default=1e-3, gt=0)
-    betas: tuple[float, float] = (0.9, 0.98)
+    betas: optim.Betas = (0.9, 0.98)
     weight_decay: float = Field(default=0.01, ge=0)
     max_norm: float = Field(default=1.0, gt=0)
     schedule: optim.Schedule = optim.Schedule(decay="constant")
@@ -61,6 +61,12 @@ class RetrieverConfig(pipeline.Inputs):
     """validations without a better recall@5 before it stops"""
     checkpoint_every: int = Field(default=500, ge=1)
     resume: bool = False
+
+    @model_validator(mode="after")
+    def _spans_have_lengths(self) -> "RetrieverConfig":
+        if self.words[0] > self.words[1]:
+            raise ValueError(f"words={list(self.words)}: the fewest are more than the most")
+        return self
 
 
 class Pairs:
@@ -112,17 +118,29 @@ def recall_at_5(
     return float(recall(found, [gold[q.id] for q in questions], 5).mean())
 
 
+def answerable(cfg: RetrieverConfig, chunks: Sequence[Chunk]) -> list[Question]:
+    """The validation questions with a gold chunk; UserError when there is none to stop by."""
+    assert cfg.questions
+    validation = split(load_questions(cfg.questions), "validation")
+    gold = gold_chunks(validation, chunks)
+    found = [question for question in validation if gold[question.id]]
+    if not found:
+        raise UserError(f"{cfg.questions}: no validation question names evidence in {cfg.kb}")
+    return found
+
+
 def main(cfg: RetrieverConfig) -> dict[str, float]:
     """Train the encoder; returns the best validation recall@5."""
-    cfg = pipeline.resolve(cfg)
+    pretrained = cfg.encoder.model is not None
+    cfg = pipeline.resolve(cfg, {"tokenizer"} if pretrained else ())
     assert cfg.kb and cfg.questions
     checkpoint.seed_everything(cfg.seed)
     with KnowledgeBase(Path(cfg.kb)) as kb:
         chunks = kb.chunks()
     if not chunks:
         raise UserError(f"{cfg.kb}: the knowledge base is empty")
-    validation = split(load_questions(cfg.questions), "validation")
-    tokenizer = load_tokenizer(cfg.tokenizer) if cfg.tokenizer else None
+    validation = answerable(cfg, chunks)
+    tokenizer = load_tokenizer(cfg.tokenizer) if cfg.tokenizer and not pretrained else None
     encoder = DualEncoder.build(cfg.encoder, tokenizer)
     pairs = Pairs(chunks, cfg)
     weights = optim.trainable([encoder])
@@ -147,7 +165,7 @@ def main(cfg: RetrieverConfig) -> dict[str, float]:
             lr = optim.set_lr(optimizer, cfg.schedule.factor(step, cfg.steps))["retriever"]
             optimizer.step()
             line = {"step": step, "loss": float(loss.detach()), "grad_norm": norm, "lr": lr}
-            if (step + 1) % cfg.validate_every == 0:
+            if (step + 1) % cfg.validate_every == 0 or step + 1 == cfg.steps:
                 line["recall"] = recall_at_5(encoder, chunks, validation)
                 waited += 1
                 if line["recall"] > top:

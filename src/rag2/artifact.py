@@ -68,7 +68,7 @@ def committing(
     finally:
         os.close(lock)
     if pointer is not None:
-        _point(pointer, str(directory.relative_to(pointer.parent)))
+        replace(pointer, f"{directory.relative_to(pointer.parent)}\n")
 
 
 def verify(directory: Path | str, kind: str | None = None) -> dict[str, Any]:
@@ -120,6 +120,18 @@ def follow(pointer: Path | str) -> Path | None:
     if not is_complete(pointer.parent / name):
         raise ArtifactError(f"{pointer} names {name!r}, which is not a complete artifact")
     return pointer.parent / name
+
+
+def replace(path: Path, text: str) -> None:
+    """Write a small file in one atomic, durable step: a reader finds the old text or the new."""
+    fresh = path.with_name(f".{path.name}.new-{os.getpid()}")
+    try:
+        _write_durably(fresh, text.encode())
+        os.replace(fresh, path)
+    except BaseException:
+        fresh.unlink(missing_ok=True)
+        raise
+    _sync_directory(path.parent)
 
 
 def sweep(parent: Path | str) -> list[Path]:
@@ -232,18 +244,6 @@ def _digest(path: Path) -> str:
     """SHA-256 of a file, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _point(pointer: Path, name: str) -> None:
-    """Replace the pointer file in one atomic step."""
-    fresh = pointer.with_name(f".{pointer.name}.new-{os.getpid()}")
-    try:
-        _write_durably(fresh, f"{name}\n".encode())
-        os.replace(fresh, pointer)
-    except BaseException:
-        fresh.unlink(missing_ok=True)
-        raise
-    _sync_directory(pointer.parent)
 
 
 def _write_durably(path: Path, data: bytes) -> None:

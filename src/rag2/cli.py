@@ -150,7 +150,11 @@ def kb_build(
     from rag2.kb.build import build
     from rag2.kb.chunk import TokenChunker
 
-    settings = [f"tokens={tokens}", f"overlap={overlap}", f"tokenizer={json.dumps(tokenizer)}"]
+    settings = [
+        f"tokens={tokens}",
+        f"overlap={overlap}",
+        f"tokenizer={json.dumps(tokenizer, ensure_ascii=False)}",
+    ]
     chunker = load(TokenChunker, None, settings)
     with _status(f"building {path}"):
         summary = build(path, sources, chunker)

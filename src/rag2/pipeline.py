@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from pydantic import Field
+
 from rag2 import artifact, config, stages
 from rag2.generator.bpe import train_bpe
 from rag2.kb.build import build
@@ -34,11 +36,11 @@ class Inputs(config.Config):
     """directory of the world's stages"""
     recipes: str = "configs/demo"
     """directory of the YAML files of those stages"""
-    vocabulary: int = 2048
+    vocabulary: int = Field(default=2048, ge=1)
     """size of the tokenizer that is trained on the world's pretraining text"""
-    chunk_tokens: int = 128
+    chunk_tokens: int = Field(default=128, ge=1)
     """chunk length of the world's knowledge base, in tokens of that tokenizer"""
-    jobs: int = 2
+    jobs: int = Field(default=2, ge=1)
     """stages that run at once, one thread each"""
 
 
@@ -54,6 +56,7 @@ PATHS = {
     "generator": ("base", "final/generator"),
     "retriever": ("retriever", "final/retriever"),
 }
+MARK = "stage.json"  # beside a stage's results: what they were made from, and whether all is there
 # inputs that a recipe can do without, so that a missing one is no reason to run a stage
 OPTIONAL = {"paraphrases", "tokenizer"}
 # inputs that another key of the recipe can stand in for
@@ -126,8 +129,7 @@ def ensure(cfg: Inputs, names: Iterable[str]) -> None:
         todo = [name for name in plan.closure(names) if not plan.is_done(name)]
         if "data" in todo:
             todo.remove("data")
-            _write_data(cfg, home / "data")
-            plan.mark("data")
+            _write_data(cfg, home / "data", plan.note("data"))
         if todo:
             jobs = [plan.job(name) for name in todo]
             for name in todo:
@@ -135,8 +137,11 @@ def ensure(cfg: Inputs, names: Iterable[str]) -> None:
             stages.run(jobs, cfg.jobs, plan.mark)
 
 
-def _write_data(cfg: Inputs, directory: Path) -> None:
-    """The world's files, a tokenizer trained on its pretraining text, and the knowledge base."""
+def _write_data(cfg: Inputs, directory: Path, note: str) -> None:
+    """The world's files, a tokenizer trained on its pretraining text, and the knowledge base.
+
+    `note`, of what they are made from, is committed with them: neither is there without the other.
+    """
     assert cfg.world is not None
     with (
         progress("data", total=3) as advance,
@@ -151,6 +156,7 @@ def _write_data(cfg: Inputs, directory: Path) -> None:
         tokenizer = str(staging / "tokenizer")
         chunker = TokenChunker(tokens=cfg.chunk_tokens, overlap=overlap, tokenizer=tokenizer)
         build(staging / "kb.sqlite", [staging / "documents.jsonl"], chunker)
+        (staging / MARK).write_text(note, encoding="utf-8")
         advance()
 
 
@@ -193,10 +199,10 @@ class _Plan:
     def job(self, name: str) -> stages.Job:
         """The stage as a command; a stage that was cut off goes on where it was."""
         stage, directory = STAGES[name], Path(self.cfg.home) / name
-        inputs = [f"{i}={json.dumps(str(locate(self.cfg.home, i)))}" for i in stage.inputs]
+        inputs = [f"{i}={_quoted(locate(self.cfg.home, i))}" for i in stage.inputs]
         command = [
             *(sys.executable, str(config.recipe(f"train/{stage.recipe}.py"))),
-            *("-c", str(self.yaml(name)), "world=null", f"out={json.dumps(str(directory))}"),
+            *("-c", str(self.yaml(name)), "world=null", f"out={_quoted(directory)}"),
             *(f"seed={self.world.seed}", *inputs, *stage.overrides, "resume=true"),
         ]
         steps = config.read(self.yaml(name)).get("steps")
@@ -223,8 +229,11 @@ class _Plan:
         """
         directory = Path(self.cfg.home) / name
         directory.mkdir(exist_ok=True)
-        text = json.dumps({"key": self.key(name), "done": done})
-        (directory / "stage.json").write_text(text, encoding="utf-8")
+        artifact.replace(directory / MARK, self.note(name, done))
+
+    def note(self, name: str, done: bool = True) -> str:
+        """What `mark` writes."""
+        return json.dumps({"key": self.key(name), "done": done})
 
     def is_done(self, name: str) -> bool:
         """Complete and made from today's settings; raises UserError if from other settings.
@@ -233,18 +242,27 @@ class _Plan:
         """
         directory = Path(self.cfg.home) / name
         try:
-            mark = json.loads((directory / "stage.json").read_text(encoding="utf-8"))
+            mark = json.loads((directory / MARK).read_text(encoding="utf-8"))
         except FileNotFoundError:
             return False
+        except ValueError as error:
+            raise UserError(
+                f"{directory / MARK} is damaged ({error}): delete {directory}"
+            ) from None
         if mark["key"] != self.key(name) and not mark["done"]:
             shutil.rmtree(directory)
             return False
         if mark["key"] != self.key(name):
             raise UserError(
                 f"{directory} was made with other settings (world, YAML or inputs): "
-                "choose another home= (out= for a comparison), or delete it"
+                "choose another home= (of a demo: --out), or delete it"
             )
         return mark["done"]
+
+
+def _quoted(path: Path) -> str:
+    """A path as a YAML string, its characters as they are."""
+    return json.dumps(str(path), ensure_ascii=False)
 
 
 @contextmanager

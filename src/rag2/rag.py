@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from rag2.generator.load import Generator
 from rag2.generator.logprob import answer_logprob_rows, encode_pairs
 from rag2.generator.prompt import Prompt
+from rag2.registry import UserError
 from rag2.retriever.encoder import DualEncoder
 from rag2.types import Chunk
 
@@ -46,11 +47,21 @@ class Rag(nn.Module):
     def pairs(
         self, questions: Sequence[str], answers: Sequence[str], chunks_BK: Sequence[Sequence[Chunk]]
     ) -> list[Pair]:
-        """Token ids (context, answer) of every (question, chunk) pair, in the order b k."""
+        """Token ids (context, answer) of every (question, chunk) pair, in the order b k.
+
+        Raises UserError for a chunk that the prompt's budget leaves no room for: without it, the
+        pair would teach that the chunk says nothing.
+        """
         texts = []
         for question, answer, chunks in zip(questions, answers, chunks_BK, strict=True):
             for chunk in chunks:
                 built = self.prompt.context(question, [chunk.passage], self.tokenizer)
+                if built.dropped:
+                    raise UserError(
+                        f"prompt.budget={self.prompt.budget}: chunk {chunk.id} of document "
+                        f"{chunk.document!r} does not fit beside its question; raise the budget "
+                        "or build the knowledge base with shorter chunks"
+                    )
                 texts.append((built.text, " " + answer))
         return encode_pairs(self.tokenizer, texts)
 

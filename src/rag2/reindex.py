@@ -66,7 +66,9 @@ class Reindexer:
         backend: Backend,
         kb_version: int,
         kb_hash: str,
+        keep: bool = True,
     ) -> None:
+        """`keep=False` commits nothing: of several processes that train together one does."""
         self.directory, self.chunks, self.encoder, self.backend = (
             directory,
             chunks,
@@ -74,10 +76,10 @@ class Reindexer:
             backend,
         )
         self.kb = {"kb_version": kb_version, "kb_hash": kb_hash}
-        self.number = -1
+        self.keep, self.number = keep, -1
 
     def build(self, step: int) -> Generation:
-        """Encode every chunk with the weights of `step`; commit the result and point at it."""
+        """Encode every chunk with the weights of `step`; commit the result, if it is kept."""
         embeddings_ND = embed_corpus(self.encoder, [chunk.passage for chunk in self.chunks])
         index = self.backend.build(embeddings_ND, np.array([chunk.id for chunk in self.chunks]))
         generation = Generation.of(
@@ -88,6 +90,8 @@ class Reindexer:
             **self.kb,
         )
         self.number += 1
+        if not self.keep:
+            return generation
         # A run that continues from a checkpoint builds again what it had built after it.
         self.prune(range(self.number))
         generation.save(self._path(self.number), pointer=self.directory / "current")
@@ -100,6 +104,8 @@ class Reindexer:
 
     def prune(self, keep: Collection[int]) -> None:
         """Remove every generation that is not in `keep`, and what a killed build left behind."""
+        if not self.keep:
+            return
         artifact.sweep(self.directory)
         for path in self.directory.glob("[0-9]" * 6):
             if int(path.name) not in keep:

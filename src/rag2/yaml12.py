@@ -32,17 +32,20 @@ def render(data: Any, flow: bool = False) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """A safe loader that refuses a key given twice."""
+    """A safe loader that refuses a key given twice, and keys that are no scalars."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """The mapping of a node; raises MarkedYAMLError for a repeated key."""
+        """The mapping of a node; raises MarkedYAMLError for a repeated or a compound key."""
         seen: set[Any] = set()
         for key, _ in node.value:
-            if key.value in seen:
+            problem = ""
+            if not isinstance(key, yaml.ScalarNode):
+                problem = "a key must be a plain word, not a list or a mapping"
+            elif key.value in seen:
                 problem = f"key {key.value!r} is given twice"
+            if problem:
                 raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
-            if isinstance(key, yaml.ScalarNode):
-                seen.add(key.value)
+            seen.add(key.value)
         return super().construct_mapping(node, deep)
 
 

@@ -84,10 +84,15 @@ def _read(path: Path) -> bytes:
 def _row(line: bytes, place: str) -> Mapping[str, Any]:
     try:
         row = json.loads(line.decode("utf-8"))
+        json.dumps(row, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:
+        raise UserError(f"{place}: half of a surrogate pair, which is no character") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{place}: not UTF-8 (byte {error.start + 1} of the line)") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{place}: not JSON: {error.msg} (column {error.colno})") from None
+    except ValueError as error:  # an integer of thousands of digits
+        raise UserError(f"{place}: {' '.join(str(error).split())}") from None
     except RecursionError:
         raise UserError(f"{place}: not JSON: nested too deeply") from None
     if not isinstance(row, dict):

@@ -90,11 +90,6 @@ class Generator:
         """Where the token embeddings live, and inputs go."""
         return self.model.get_input_embeddings().weight.device
 
-    @property
-    def trained_parameters(self) -> int:
-        """How many numbers training may change."""
-        return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-
 
 def _plain(name: str, dtype: str, local: bool) -> Any:
     model, report = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]

@@ -18,6 +18,7 @@ from rag2.generator.pairs import (
     Ids,
     Pair,
     align,
+    check_length,
     check_pairs,
     encode_pairs,
     lay_out,
@@ -200,8 +201,10 @@ def sequence_nll(model: Model, ids_BL: Tensor, weights_BL: Tensor) -> Tensor:
     """Mean of -log p(token | tokens before) in nats, weighted by `weights_BL` at each token.
 
     The weight of a sequence's first token counts for nothing, since nothing predicts it. Padding
-    goes to the right and has weight 0; it needs no mask, for no earlier token can see it.
+    goes to the right and has weight 0; it needs no mask, for no earlier token can see it. Raises
+    UserError for sequences longer than the model's positions.
     """
+    check_length(model, ids_BL.shape[1], "lower objective.block or shorten the texts")
     assert ids_BL.shape == weights_BL.shape, f"{tuple(ids_BL.shape)}, {tuple(weights_BL.shape)}"
     ids_BL, weights_BL = ids_BL.to(place(model)), weights_BL.to(place(model))
     weights_BS = weights_BL[:, 1:]

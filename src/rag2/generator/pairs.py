@@ -115,14 +115,18 @@ def length(pair: Pair) -> int:
 
 def check_pairs(model: Model, pairs: Sequence[Pair]) -> None:
     """Raise UserError for a pair longer than the model's positions: nothing is cut silently."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     for pair in pairs:
         assert pair[0] and pair[1], "a pair needs at least one token of context and of continuation"
-        if limit is not None and length(pair) > limit:
-            raise UserError(
-                f"context and continuation take {length(pair)} tokens, the generator has positions "
-                f"for {limit}: lower prompt.budget"
-            )
+        check_length(model, length(pair), "lower prompt.budget")
+
+
+def check_length(model: Model, tokens: int, remedy: str) -> None:
+    """Raise UserError for a sequence longer than the model's positions."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and tokens > limit:
+        raise UserError(
+            f"a sequence of {tokens} tokens, the generator has positions for {limit}: {remedy}"
+        )
 
 
 def token_batches(shapes: Sequence[tuple[int, int]], batch_tokens: int) -> list[list[int]]:

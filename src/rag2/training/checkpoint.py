@@ -80,11 +80,11 @@ def _tensors(module: nn.Module) -> dict[str, torch.Tensor]:
 
     Frozen weights come from where the run began: under adapters a checkpoint holds these alone.
     """
-    frozen = {name for name, weight in module.named_parameters() if not weight.requires_grad}
-    seen: set[int] = set()
+    # Of tied weights named_parameters knows one name, state_dict all: compare the memory.
+    seen = {w.data_ptr() for w in module.parameters() if not w.requires_grad and w.numel()}
     rows = {}
     for name, tensor in module.state_dict().items():
-        if name in frozen or (tensor.data_ptr() in seen and tensor.numel()):
+        if tensor.data_ptr() in seen and tensor.numel():
             continue
         seen.add(tensor.data_ptr())
         rows[name] = tensor.detach().contiguous()

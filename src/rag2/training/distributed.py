@@ -5,6 +5,7 @@ after the last of them instead of by a wrapper that would synchronise each.
 """
 
 import os
+import re
 from collections.abc import Sequence
 
 import torch
@@ -28,12 +29,11 @@ def start(name: str = "cpu") -> torch.device:
 
 def device(name: str) -> torch.device:
     """The device that `name` (cpu, cuda, cuda:N) means; UserError for one that is not there."""
-    try:
-        where = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"unknown device {name!r}; allowed: cpu, cuda, cuda:N") from None
-    if where.type != "cuda":
-        return where
+    if name == "cpu":
+        return torch.device("cpu")
+    if not re.fullmatch(r"cuda(:\d+)?", name):
+        raise UserError(f"unknown device {name!r}; allowed: cpu, cuda, cuda:N")
+    where = torch.device(name)
     number = where.index if where.index is not None else int(os.environ.get("LOCAL_RANK", "0"))
     if number >= torch.cuda.device_count():
         raise UserError(

@@ -43,6 +43,16 @@ class RunLog:
         self._file.close()
 
 
+class NoLog:
+    """The log of every process but the first: their lines would be the same."""
+
+    def write(self, **values: Any) -> None:
+        """Write nothing."""
+
+    def close(self) -> None:
+        """Close nothing."""
+
+
 def _lines(path: Path) -> Iterator[str]:
     """The complete lines of a log; a kill may have left half a line at the end."""
     if not path.exists():

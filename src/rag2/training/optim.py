@@ -1,14 +1,18 @@
-"""AdamW over named groups of parameters, and learning rates as functions of the step."""
+"""AdamW over named groups of parameters, Muon beside it, and learning rates by step."""
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field
 from torch import nn
 
 from rag2.config import Config
 from rag2.registry import UserError
+
+_Decay = Annotated[float, Field(ge=0, lt=1)]
+Betas = tuple[_Decay, _Decay]  # of AdamW's running means: of gradients, of their squares
 
 
 class Schedule(Config):
@@ -78,7 +82,7 @@ def muon(
 ) -> "Joined":
     """Muon for the hidden matrices, AdamW for embeddings, head and vectors (Jordan et al. 2024).
 
-    Training from scratch on a CPU it reaches the reading accuracy of AdamW in half the steps.
+    Training from scratch it needs fewer steps than AdamW alone.
     """
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
     outer = {id(weight) for end in ends for weight in end.parameters()}
@@ -155,7 +159,7 @@ def set_lr(optimizer: Optimizer, factor: float) -> dict[str, float]:
     return {group["name"]: group["lr"] for group in optimizer.param_groups}
 
 
-class NonFiniteError(RuntimeError):
+class NonFiniteError(UserError):
     """The loss or the gradient is not a number: raised before the update is applied."""
 
 
@@ -163,5 +167,7 @@ def clip(parameters: list[nn.Parameter], loss: float, max_norm: float, step: int
     """Clip the gradient; returns its norm, raises NonFiniteError before an update could happen."""
     norm = float(nn.utils.clip_grad_norm_(parameters, max_norm))
     if not (math.isfinite(loss) and math.isfinite(norm)):
-        raise NonFiniteError(f"step {step}: loss {loss}, gradient norm {norm}: not finite")
+        raise NonFiniteError(
+            f"step {step}: loss {loss}, gradient norm {norm}: not finite; try a lower learning rate"
+        )
     return norm

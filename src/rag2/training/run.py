@@ -13,7 +13,7 @@ from rag2.generator.prompt import Prompt
 from rag2.registry import UserError
 from rag2.retriever.encoder import DualEncoder
 from rag2.training import checkpoint, distributed
-from rag2.training.log import RunLog
+from rag2.training.log import NoLog, RunLog
 from rag2.training.optim import Optimizer
 
 # Keys that may differ between a run and its continuation.
@@ -40,14 +40,16 @@ class Run:
         if cfg.resume and saved.exists():
             _refuse_changes(cfg, saved)
         state = checkpoint.load(self.out, modules, optimizer) if cfg.resume else None
-        if state is None and distributed.rank() == 0:  # from step 0: what an older run left goes
-            for name in ("checkpoints", "generations", "final"):
-                shutil.rmtree(self.out / name, ignore_errors=True)
-        self.out.mkdir(parents=True, exist_ok=True)
-        saved.write_text(config.dump(cfg), encoding="utf-8")
         self.start: int = state["step"] if state else 0
         self.extra: dict[str, Any] = state["extra"] if state else {}
-        self.log = RunLog(self.out, self.start)
+        distributed.barrier()  # every process has read what the first one may now replace
+        if distributed.rank() == 0:
+            if state is None:  # from step 0: what an older run left goes
+                for name in ("checkpoints", "generations", "final"):
+                    shutil.rmtree(self.out / name, ignore_errors=True)
+            self.out.mkdir(parents=True, exist_ok=True)
+            saved.write_text(config.dump(cfg), encoding="utf-8")
+        self.log = RunLog(self.out, self.start) if distributed.rank() == 0 else NoLog()
 
     def checkpoint(self, step: int, **extra: Any) -> None:
         """Commit everything needed to go on at `step`."""

@@ -26,21 +26,46 @@ class Weighted(NamedTuple):
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """The reading rows {"title", "text", "qa"} of a JSONL file; UserError names a broken line."""
+    rows = _rows(path, ("title", "text"))
+    for number, row in enumerate(rows, 1):
+        qa = row.get("qa")
+        if not isinstance(qa, list) or not all(_is_pair(pair) for pair in qa):
+            raise UserError(f"{path}:{number}: 'qa' must be a list of [question, answer] strings")
+    if not rows:
+        raise UserError(f"{path}: no rows")
+    return rows
+
+
+def read_passages(path: Path) -> list[str]:
+    """Title and text of every row of a JSONL file; UserError names a broken line."""
+    return [f"{row['title']}\n{row['text']}" for row in _rows(path, ("title", "text"))]
+
+
+def _rows(path: Path, texts: Sequence[str]) -> list[dict[str, Any]]:
+    """The objects of a JSONL file, each with these keys as strings."""
     rows: list[dict[str, Any]] = []
     try:
         with path.open(encoding="utf-8") as file:
             for line in file:
                 row = json.loads(line)
-                if not isinstance(row, dict) or not {"title", "text", "qa"} <= set(row):
-                    raise UserError(f"{path}:{len(rows) + 1}: a row needs title, text and qa")
+                if not isinstance(row, dict) or not all(
+                    isinstance(row.get(key), str) for key in texts
+                ):
+                    raise UserError(
+                        f"{path}:{len(rows) + 1}: a row needs {' and '.join(texts)} as strings"
+                    )
                 rows.append(row)
-    except FileNotFoundError:
-        raise UserError(f"corpus {path} not found") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError as error:  # not JSON, not UTF-8, a number too long
         raise UserError(f"{path}:{len(rows) + 1}: {error}") from None
-    if not rows:
-        raise UserError(f"{path}: no rows")
     return rows
+
+
+def _is_pair(value: Any) -> bool:
+    return (
+        isinstance(value, list) and len(value) == 2 and all(isinstance(text, str) for text in value)
+    )
 
 
 def load_tokenizer(directory: str) -> Any:
@@ -60,14 +85,23 @@ def plain(row: dict[str, Any]) -> str:
 
 
 def reading(row: dict[str, Any], prompt: Prompt, tokenizer: Any) -> tuple[str, list[range]]:
-    """The text of a reading row, prompted as evaluation prompts, and where its answers stand."""
+    """The text of a reading row, prompted as evaluation prompts, and where its answers stand.
+
+    Raises UserError for a passage that does not fit the prompt's budget.
+    """
     passage = f"{row['title']}\n{row['text']}" if row["title"] else row["text"]
     if not row["qa"]:
         return passage, []
     passages = [passage] if row["text"] else []
     text, answers = "", []
     for question, answer in row["qa"]:
-        text += prompt.context(question, passages, tokenizer).text
+        built = prompt.context(question, passages, tokenizer)
+        if built.dropped:
+            raise UserError(
+                f"prompt.budget={prompt.budget}: the passage {row['title']!r} does not fit beside "
+                f"its question; raise the budget or shorten the passage"
+            )
+        text += built.text
         answers.append(range(len(text), len(text) + 1 + len(answer)))
         text += f" {answer}\n\n"
         passages = []
@@ -86,7 +120,7 @@ def weigh(text: str, answers: Sequence[range], tokenizer: Any, text_weight: floa
 
 
 def thin(sequence: Weighted, share: float, rng: np.random.Generator) -> Weighted:
-    """The same loss in expectation from a random `share` of the tokens that are no answer.
+    """A random `share` of the tokens that weigh less than 1, with the weight of all of them.
 
     The output head, a third of a small model's work, then runs on that share of the text alone.
     """

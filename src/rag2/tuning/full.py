@@ -20,8 +20,3 @@ class Full(Config):
     def merge(self, model: nn.Module) -> nn.Module:
         """`model` itself: there is nothing to merge."""
         return model
-
-
-def trained_parameters(model: nn.Module) -> int:
-    """Number of trainable weights; tied weights count once."""
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)

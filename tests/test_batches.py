@@ -134,6 +134,12 @@ def test_only_the_answers_and_the_space_before_them_weigh_one(tokenizer):
     assert set(sequence.weights_L.tolist()) == {1.0, float(np.float32(0.1))}
 
 
+def test_a_passage_that_the_budget_has_no_room_for_is_refused_not_left_out(tokenizer):
+    row = {"title": "Lasur", "text": "wax " * 30, "qa": [["Sells?", "wax"]]}
+    with pytest.raises(UserError, match="prompt.budget=20: the passage 'Lasur' does not fit"):
+        reading(row, Prompt(budget=20), tokenizer)
+
+
 def test_the_second_time_of_a_row_for_copying_counts_and_can_be_known(tokenizer, rng):
     row = said_twice(tokenizer, 7, rng)
     first_L, second_L = row.ids_L.reshape(2, 7)

@@ -14,6 +14,7 @@ from rag2.generator.load import Generator
 from rag2.generator.prompt import Prompt
 from rag2.losses.marginal import Marginal
 from rag2.rag import Pair, Rag
+from rag2.registry import UserError
 from rag2.retriever.encoder import DualEncoder, EncoderConfig
 from rag2.training.step import OnePass, TwoPass
 from rag2.tuning.lora import LoRA
@@ -176,6 +177,13 @@ def test_a_chunk_that_questions_share_is_encoded_once_and_scored_for_each(
     for row, question in enumerate(questions):
         alone_K = torch.cat([rag.scores([question], [[c]])[0] for c in chunks_BK[row]])
         torch.testing.assert_close(scores_BK[row], alone_K, atol=1e-4, rtol=1e-4)
+
+
+def test_a_chunk_that_the_budget_has_no_room_for_stops_training(rag: Rag, batch: Batch):
+    longest = max(len(rag.tokenizer.encode(c.passage)) for row in batch[2] for c in row)
+    rag.prompt = Prompt(budget=longest)
+    with pytest.raises(UserError, match=rf"prompt.budget={longest}: chunk \d+ of document .* fit"):
+        rag.pairs(*batch)
 
 
 # --- the two equal paths --------------------------------------------------------------------------

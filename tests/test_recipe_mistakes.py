@@ -141,3 +141,70 @@ def test_a_mistake_ends_a_process_with_status_two_and_one_line(home: Path, tmp_p
     assert done.returncode == 2 and "nowhere.sqlite" in done.stderr
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
     assert done.stdout == "" and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "setting", "named"),
+    [
+        ("retriever", "words=[12,4]", "the fewest are more than the most"),
+        ("retriever", "words=[0,4]", "words"),
+        ("joint", "seed=-1", "seed"),
+        ("joint", "betas=[1.5,2]", "betas"),
+        ("joint", "jobs=0", "jobs"),
+        ("joint", "device=mps", "allowed: cpu, cuda, cuda:N"),
+        ("finetune", "device=meta", "allowed: cpu, cuda, cuda:N"),
+        ("pretrain", "text_weight=0", "text_weight"),
+    ],
+)
+def test_a_number_or_a_name_out_of_range_is_named(
+    refused: Callable[..., str], home: Path, kind: str, setting: str, named: str
+):
+    assert named in refused(*command(kind, home), setting)
+
+
+def test_an_evaluation_of_nothing_is_refused(refused: Callable[..., str], home: Path):
+    questions = f"questions={home / 'data' / 'questions.jsonl'}"
+    model = f"generator={home / 'generator'}"
+    assert "budget" in refused("eval", "mc", model, questions, "budget=0")
+    assert "arms" in refused("eval", "compare", "world=almanac", "arms=[]")
+
+
+@pytest.mark.parametrize(
+    ("key", "kind", "row", "named"),
+    [
+        ("corpus", "pretrain", '{"title": 1, "text": "x", "qa": []}', ":1: a row needs title"),
+        ("corpus", "pretrain", '{"title": "", "text": "x", "qa": 3}', ":1: 'qa' must be a list"),
+        ("corpus", "pretrain", '{"title": "", "text": "x", "qa": [["q"]]}', ":1: 'qa' must be"),
+        ("paraphrases", "finetune", '{"text": "x"}', ":1: a row needs title and text"),
+        ("paraphrases", "finetune", "{bad", ":1: "),
+        ("questions", "joint", '{"id": "a", "question": "caf\\ud83d?"}', ":1: half of a surrogate"),
+        ("questions", "joint", '{"id": ' + "1" * 5000 + "}", ":1: "),
+    ],
+)
+def test_a_broken_row_is_named_by_file_and_line(
+    refused: Callable[..., str],
+    home: Path,
+    tmp_path: Path,
+    key: str,
+    kind: str,
+    row: str,
+    named: str,
+):
+    (tmp_path / "rows.jsonl").write_text(row + "\n")
+    assert f"rows.jsonl{named}" in refused(*command(kind, home, **{key: "rows.jsonl"}))
+
+
+def test_a_template_that_was_not_filled_in_is_named(refused: Callable[..., str], tmp_path: Path):
+    (tmp_path / "mine.yaml").write_text("steps: 3\nhome: {{ HOME }}\n")
+    line = refused("train", "pretrain", "-c", "mine.yaml")
+    assert "mine.yaml, line 2: a key must be a plain word" in line
+
+
+def test_validation_questions_without_evidence_cannot_stop_a_warm_start(
+    refused: Callable[..., str], home: Path, tmp_path: Path
+):
+    questions = (home / "data" / "questions.jsonl").read_text().splitlines()
+    rows = [json.dumps(json.loads(line) | {"evidence": []}) for line in questions]
+    (tmp_path / "q.jsonl").write_text("\n".join(rows) + "\n")
+    line = refused(*command("retriever", home, questions="q.jsonl"))
+    assert "no validation question names evidence" in line

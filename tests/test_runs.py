@@ -2,16 +2,22 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
+from rag2 import config
+from rag2.generator.bpe import train_bpe
 from rag2.generator.load import Generator
 from rag2.generator.prompt import Prompt
 from rag2.registry import UserError
-from rag2.retriever.encoder import DualEncoder
+from rag2.retriever.encoder import DualEncoder, EncoderConfig
 from small_runs import KINDS, Killed, Load, generations, killed_at, log, settings, start, weights
-from small_world import forget
+from small_world import SHAPE, forget
 
 
 @pytest.fixture(scope="module")
@@ -181,3 +187,37 @@ def test_the_warm_start_stops_when_validation_stops_rising_and_keeps_its_best(
     shutil.rmtree(out / "final")
     again = module.RetrieverConfig(**cfg.model_dump() | {"resume": True})
     assert module.main(again) == {"recall_at_5": 0.4} and log(out) == rows
+
+
+def test_the_last_steps_of_a_warm_start_are_validated_too(recipe: Load, home: Path, tmp_path: Path):
+    start(recipe, "retriever", home, tmp_path / "out", validate_every=7)
+    assert [line["step"] for line in log(tmp_path / "out") if "recall" in line] == [6, 8]
+
+
+def test_a_pretrained_encoder_keeps_its_own_tokenizer(recipe: Load, home: Path, tmp_path: Path):
+    own = tmp_path / "own"
+    tokenizer = train_bpe(["another text with other words"] * 3, 300)
+    DualEncoder.build(EncoderConfig(**SHAPE), tokenizer).towers["shared"].save_pretrained(own)
+    tokenizer.save_pretrained(own)
+    start(recipe, "retriever", home, tmp_path / "out", encoder={"model": str(own)}, steps=1)
+    trained = DualEncoder.load(tmp_path / "out" / "final" / "retriever")
+    assert trained.tokenizer.get_vocab() == tokenizer.get_vocab()
+
+
+@pytest.mark.slow
+def test_two_processes_that_share_a_joint_run_leave_what_one_leaves(
+    recipe: Load, home: Path, tmp_path: Path
+):
+    one, two = tmp_path / "one", tmp_path / "two"
+    start(recipe, "joint", home, one)
+    words = [f"{key}={json.dumps(value)}" for key, value in settings("joint", home).items()]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    script = str(config.recipe("train/joint.py"))
+    done = subprocess.run([*launch, script, *words, f"out={two}"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(log(two)) == len(log(one)) == 9
+    assert generations(two).keys() == generations(one).keys()
+    for file in sorted((one / "final").rglob("*.safetensors")):
+        mine, theirs = load_file(file), load_file(two / file.relative_to(one))
+        for name, tensor in mine.items():
+            torch.testing.assert_close(theirs[name], tensor, atol=1e-4, rtol=0)

@@ -70,7 +70,7 @@ def start(recipe: Load, kind: str, home: Path, out: Path, **changes: Any) -> dic
     """Run a recipe in this process."""
     module = recipe(f"train/{kind}.py")
     cls = getattr(module, f"{kind.title()}Config")
-    return module.main(cls(**settings(kind, home), **{"out": str(out)} | changes))
+    return module.main(cls(**settings(kind, home) | {"out": str(out)} | changes))
 
 
 def killed_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:

@@ -37,7 +37,7 @@ class CompareConfig(pipeline.Inputs):
 
     out: str = "runs/compare"
     """directory of the report; the systems are found or made in `home`"""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**63)
     arms: list[str] = Field(default=[*arms.ARMS, "majority"], min_length=1)
     ks: list[int] = Field(default=list(select.KS), min_length=1)
     """numbers of chunks to choose from on validation; 0 is the closed book"""
@@ -69,6 +69,7 @@ def main(cfg: CompareConfig) -> dict:
     chosen = {name: arms.arm(name) for name in cfg.arms if name != "majority"}
     if any(k < 0 for k in cfg.ks):
         raise UserError(f"ks={cfg.ks}: a number of chunks is 0 or more")
+    report.check(cfg.out)
     pipeline.ensure(cfg, {"data"})
     sets = read_questions(cfg)
     systems = Systems(Path(cfg.home), cfg.seed, cfg.prompt, sets.all())

@@ -47,6 +47,7 @@ def main(cfg: McConfig) -> dict:
     """Score every question; writes results.json, samples_base.jsonl and report.md."""
     cfg = pipeline.resolve(cfg)
     assert cfg.generator and cfg.questions
+    report.check(cfg.out)
     questions = load_questions(cfg.questions)
     if cfg.split:
         questions = [question for question in questions if question.split == cfg.split]

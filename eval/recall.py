@@ -12,6 +12,7 @@ from pydantic import Field
 from rich.console import Console
 
 from rag2 import config, pipeline
+from rag2.evaluation import report
 from rag2.evaluation.questions import load_questions, split
 from rag2.index.flat import Flat
 from rag2.kb.lexical import BM25
@@ -46,6 +47,7 @@ def main(cfg: RecallConfig) -> dict:
     """Measure both retrievers; returns {retriever: {recall@k, mrr}} and writes recall.json."""
     cfg = pipeline.resolve(cfg)
     assert cfg.kb and cfg.questions
+    report.check(cfg.out)
     with KnowledgeBase(Path(cfg.kb)) as kb:
         chunks = kb.chunks()
     depth = max(cfg.ks)

@@ -131,21 +131,37 @@ def test_a_run_continues_with_the_same_settings_but_for_the_number_of_steps(tmp_
     assert config.load(Settings, f"{out}/config.yaml").lr == 0.1  # the refusal changed nothing
 
 
-def test_without_a_checkpoint_resume_starts_at_zero_and_without_resume_so_does_a_run(
-    tmp_path: Path,
-):
-    out = str(tmp_path / "a")
-    run = Run(Settings(out=out, resume=True), *fresh())
+def test_without_a_checkpoint_resume_starts_at_zero(tmp_path: Path):
+    run = Run(Settings(out=str(tmp_path / "a"), resume=True), *fresh())
     assert (run.start, run.extra) == (0, {})
+    run.log.close()
+
+
+def test_what_another_run_left_is_refused_and_kept(tmp_path: Path):
+    out = tmp_path / "a"
+    run = Run(Settings(out=str(out)), *fresh())
     run.log.write(step=0)
     run.checkpoint(1)
     run.log.close()
-    (tmp_path / "a" / "final").mkdir()
-    over = Run(Settings(out=out, lr=0.5), *fresh())
-    over.log.close()
-    assert over.start == 0 and (tmp_path / "a" / "log.jsonl").read_text() == ""
-    assert not (tmp_path / "a" / "final").exists()
-    assert not (tmp_path / "a" / "checkpoints").exists()
+    kept = sorted(out.rglob("*"))
+    with pytest.raises(UserError, match="holds checkpoints of another run; resume=true"):
+        Run(Settings(out=str(out)), *fresh())
+    assert sorted(out.rglob("*")) == kept and (out / "log.jsonl").read_text() == '{"step": 0}\n'
+    mine = tmp_path / "mine"
+    (mine / "final").mkdir(parents=True)
+    for resume in (False, True):
+        with pytest.raises(UserError, match="holds final of another run"):
+            Run(Settings(out=str(mine), resume=resume), *fresh())
+    assert (mine / "final").exists()
+
+
+def test_two_runs_do_not_share_a_directory(tmp_path: Path):
+    settings = Settings(out=str(tmp_path / "a"), resume=True)
+    run = Run(settings, *fresh())
+    with pytest.raises(UserError, match="another process is training there"):
+        Run(settings, *fresh())
+    run.log.close()
+    Run(settings, *fresh()).log.close()
 
 
 # --- optimizer ------------------------------------------------------------------------------------

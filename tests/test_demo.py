@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from rag2 import config, stages
+from rag2 import artifact, config, stages
 from rag2.evaluation import stats
 from rag2.evaluation.arms import ARMS
 from rag2.evaluation.questions import load_questions
@@ -212,10 +212,17 @@ def test_the_samples_tell_two_runs_apart_that_differ_in_the_third_digit_of_the_w
 ):
     for stage in ("data", "base"):
         shutil.copytree(job.folder / "home" / stage, tmp_path / "other" / stage)
-    changed = Generator.load(tmp_path / "other" / "base" / "final" / "generator")
+    final = tmp_path / "other" / "base" / "final"
+    changed = Generator.load(final / "generator")
     with torch.no_grad():
         changed.model.get_input_embeddings().weight.mul_(1.001)
-    changed.save(tmp_path / "other" / "base" / "final" / "generator")
+    changed.save(final / "generator")
+    with pytest.raises(UserError, match="the bytes of file 'generator/model.safetensors' have"):
+        job(tmp_path / "odd", tmp_path / "other", "arms=[base]")
+    meta = json.loads((final / artifact.MANIFEST).read_text())["meta"]
+    shutil.rmtree(final)
+    with artifact.committing(final, kind="system", meta=meta) as staging:
+        changed.save(staging / "generator")
     job(tmp_path / "odd", tmp_path / "other", "arms=[base]")
     assert samples(tmp_path / "odd")["base"] != samples(job.folder / "out")["base"]
 

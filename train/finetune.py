@@ -27,7 +27,7 @@ class FinetuneConfig(pipeline.Inputs):
     """Unsupervised or supervised fine-tuning of the generator."""
 
     out: str = "runs/ft"
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**63)
     kb: str | None = None
     """knowledge base file, for the unsupervised objective"""
     questions: str | None = None

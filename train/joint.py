@@ -39,7 +39,7 @@ class JointConfig(pipeline.Inputs):
     """Joint training of retriever and generator."""
 
     out: str = "runs/joint"
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**63)
     kb: str | None = None
     """knowledge base file"""
     questions: str | None = None

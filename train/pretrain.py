@@ -48,7 +48,7 @@ class PretrainConfig(pipeline.Inputs):
     """Pretraining of a small base model."""
 
     out: str = "runs/base"
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**63)
     corpus: str | None = None
     """JSONL of reading rows"""
     tokenizer: str | None = None

@@ -36,7 +36,7 @@ class RetrieverConfig(pipeline.Inputs):
     """Contrastive warm start of the dual encoder."""
 
     out: str = "runs/retriever"
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**63)
     kb: str | None = None
     """knowledge base file"""
     questions: str | None = None

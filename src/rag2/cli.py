@@ -41,7 +41,7 @@ RECIPES = {
     "eval": {
         "mc": (
             "Answer multiple-choice questions closed book.",
-            "configs/demo/mc.yaml generator=runs/base/final format=letters out=runs/mc",
+            "configs/demo/mc.yaml generator=runs/base/final/generator format=letters out=runs/mc",
         ),
         "compare": (
             "Answer the same questions with every arm.",
@@ -49,7 +49,7 @@ RECIPES = {
         ),
         "recall": (
             "Measure how often the evidence is retrieved.",
-            "configs/demo/recall.yaml retriever=runs/retriever/final out=runs/recall",
+            "configs/demo/recall.yaml retriever=runs/retriever/final/retriever out=runs/recall",
         ),
     },
 }

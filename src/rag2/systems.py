@@ -42,7 +42,7 @@ class Systems:
     def reader(self, name: str) -> Reader:
         """The generator of a stage, with what it has read so far."""
         if name not in self._readers:
-            generator = Generator.load(self.home / name / "final" / "generator")
+            generator = Generator.load(self._verified(name) / "generator")
             self._readers[name] = Reader(generator, self.prompt, self.by_id)
         return self._readers[name]
 
@@ -73,6 +73,11 @@ class Systems:
     def _bm25(self) -> BM25:
         return BM25(self.chunks)
 
+    def _verified(self, stage: str) -> Path:
+        """What a stage committed, its bytes as they were; raises UserError for any other."""
+        artifact.verify(self.home / stage / "final", kind="system")
+        return self.home / stage / "final"
+
     def _make(self, name: str) -> Retriever:
         if name == "bm25":
             return Lexical(self._bm25)
@@ -80,7 +85,7 @@ class Systems:
             return Random([chunk.id for chunk in self.chunks], self.seed)
         if name == "gold":
             return Gold(self.gold)
-        encoder = DualEncoder.load(self.home / TRAINED_BY[name] / "final" / "retriever")
+        encoder = DualEncoder.load(self._verified(TRAINED_BY[name]) / "retriever")
         embeddings_ND = embed_corpus(encoder, [chunk.passage for chunk in self.chunks])
         index = Flat().build(embeddings_ND, np.array([chunk.id for chunk in self.chunks]))
         fingerprint = encoder.fingerprint()

@@ -86,6 +86,9 @@ class Reader:
         scored = score_choices(
             self.generator.model, tokenizer, contexts, continuations, self.batch_tokens
         )
+        for (question, _), scores in zip(todo, scored, strict=True):
+            if not np.isfinite(scores).all():
+                raise UserError(f"the generator's log-likelihoods of {question!r} are not finite")
         self.known.update(zip(todo, scored, strict=True))
 
 

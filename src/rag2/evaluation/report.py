@@ -1,12 +1,12 @@
 """Numbers of an evaluation -> results.json, samples, report.md and the table on the terminal."""
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from rich.table import Table
 
+from rag2 import artifact
 from rag2.evaluation.markdown import COLUMNS, cells, markdown
 from rag2.evaluation.outcome import ArmResult as ArmResult
 from rag2.evaluation.results import CONTROLS
@@ -15,6 +15,16 @@ from rag2.evaluation.results import summarize as summarize
 from rag2.evaluation.samples import write_samples
 from rag2.evaluation.verdict import Results
 from rag2.evaluation.verdict import verdict as verdict
+from rag2.registry import UserError
+
+
+def check(directory: str | Path) -> None:
+    """Raise UserError, before the work begins, if the report cannot be written there."""
+    place = Path(directory).absolute()
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir():
+        raise UserError(f"out={str(directory)!r}: {place} is a file, not a directory")
 
 
 def write(
@@ -29,9 +39,11 @@ def write(
     directory.mkdir(parents=True, exist_ok=True)
     for arm in arms:
         write_samples(directory, arm, contexts, continuations)
-    _replace(directory / "report.md", markdown(results))
+    artifact.replace(directory / "report.md", markdown(results))
     path = directory / "results.json"
-    _replace(path, json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    artifact.replace(
+        path, json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    )
     return path
 
 
@@ -45,10 +57,3 @@ def terminal_table(results: Results) -> Table:
         style = "bold" if name == "joint" else "dim" if name in CONTROLS else None
         table.add_row(*cells(name, arm), style=style)
     return table
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a text file so that a reader sees the old content or the new, never half of it."""
-    staging = path.with_name(f".{path.name}.{os.getpid()}")
-    staging.write_text(text, encoding="utf-8", newline="\n")
-    staging.replace(path)

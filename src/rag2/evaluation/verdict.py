@@ -24,6 +24,8 @@ def verdict(results: Results) -> str:
     if subject not in arms or not rivals:
         real = {name: arm for name, arm in arms.items() if name not in CONTROLS} or arms
         best = max(real, key=lambda name: real[name]["accuracy"])
+        if len(real) == 1:
+            return f"{best} answers {percent(real[best]['accuracy'])} of {results['n']} questions."
         return (
             f"{best} scores highest with {percent(real[best]['accuracy'])} of {results['n']} "
             f"questions; {subject} was not run beside another arm."

@@ -175,13 +175,13 @@ def load(directory: str | Path) -> Index:
 
 
 def checked(vectors_MD: np.ndarray, kind: str) -> np.ndarray:
-    """The vectors as contiguous float32; raises ValueError naming the first that is not finite."""
+    """The vectors as contiguous float32; UserError names the first that is not finite."""
     vectors_MD = np.ascontiguousarray(vectors_MD, dtype=np.float32)
     if vectors_MD.ndim != 2:
         raise ValueError(f"{kind} vectors must have the shape [rows, D], not {vectors_MD.shape}")
     wrong = np.flatnonzero(~np.isfinite(vectors_MD).all(axis=1))
     if wrong.size:
-        raise ValueError(f"{kind} {wrong[0]} is not finite")
+        raise UserError(f"{kind} {wrong[0]} is not finite")
     return vectors_MD
 
 

@@ -69,11 +69,13 @@ class KnowledgeBase:
                 self._db.executescript(f"BEGIN; {SCHEMA} COMMIT;")
                 self._set("format", FORMAT)
             found = self._meta("format")
+            sound = found != FORMAT or self._db.execute("PRAGMA quick_check").fetchone()[0] == "ok"
         except sqlite3.DatabaseError:
-            found = None
-        if found != FORMAT:
+            found, sound = None, True
+        if found != FORMAT or not sound:
             self.close()
-            raise UserError(f"{self.path} is not a knowledge base of format {FORMAT}")
+            what = f"is not a knowledge base of format {FORMAT}" if sound else "is damaged"
+            raise UserError(f"{self.path} {what}")
 
     def __enter__(self) -> Self:
         return self

@@ -1,5 +1,6 @@
 """One JSON object per step in log.jsonl, and a progress bar for the person who waits."""
 
+import fcntl
 import json
 import os
 import time
@@ -10,6 +11,8 @@ from typing import Any, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from rag2.registry import UserError
 
 
 class Advance(Protocol):
@@ -24,8 +27,17 @@ class RunLog:
     """Appends to `directory`/log.jsonl; floats are written so that they round-trip exactly."""
 
     def __init__(self, directory: Path, start: int = 0) -> None:
-        """Open the log; a resumed run cuts it back to the lines before step `start`."""
+        """Open the log; a resumed run cuts it back to the lines before step `start`.
+
+        Raises UserError while another process has the log of this directory open.
+        """
         directory.mkdir(parents=True, exist_ok=True)
+        self._lock = (directory / ".lock").open("w")  # the lock goes with the process
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._lock.close()
+            raise UserError(f"{directory}: another process is training there") from None
         self.path = directory / "log.jsonl"
         kept = [line for line in _lines(self.path) if json.loads(line)["step"] < start]
         staging = self.path.with_suffix(".jsonl.new")
@@ -39,8 +51,9 @@ class RunLog:
         self._file.flush()
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the file and let others in."""
         self._file.close()
+        self._lock.close()
 
 
 class NoLog:

@@ -29,27 +29,38 @@ class Settings(Protocol):
     def resume(self) -> bool: ...
 
 
+MADE = ("checkpoints", "generations", "final")
+
+
 class Run:
     """Opens `cfg.out`, restores what is there if `cfg.resume`, and commits what is asked for."""
 
     def __init__(self, cfg: Any, modules: dict[str, nn.Module], optimizer: Optimizer) -> None:
-        """Start or continue the run; raises UserError when it was begun with another config."""
+        """Start or continue the run.
+
+        Raises UserError when it was begun with another config, when `out` holds what this run did
+        not make, and when another process is writing to it.
+        """
         self.out = Path(cfg.out)
         self.modules, self.optimizer = modules, optimizer
         saved = self.out / "config.yaml"
         if cfg.resume and saved.exists():
             _refuse_changes(cfg, saved)
+        elif there := [name for name in (*MADE, saved.name) if (self.out / name).exists()]:
+            raise UserError(
+                f"{self.out} holds {there[0]} of another run; resume=true goes on with the same "
+                "settings, else choose another out= or delete it"
+            )
         state = checkpoint.load(self.out, modules, optimizer) if cfg.resume else None
         self.start: int = state["step"] if state else 0
         self.extra: dict[str, Any] = state["extra"] if state else {}
         distributed.barrier()  # every process has read what the first one may now replace
-        if distributed.rank() == 0:
-            if state is None:  # from step 0: what an older run left goes
-                for name in ("checkpoints", "generations", "final"):
-                    shutil.rmtree(self.out / name, ignore_errors=True)
-            self.out.mkdir(parents=True, exist_ok=True)
-            saved.write_text(config.dump(cfg), encoding="utf-8")
         self.log = RunLog(self.out, self.start) if distributed.rank() == 0 else NoLog()
+        if distributed.rank() == 0:
+            if state is None:  # from step 0: what was left before the first checkpoint goes
+                for name in MADE:
+                    shutil.rmtree(self.out / name, ignore_errors=True)
+            saved.write_text(config.dump(cfg), encoding="utf-8")
 
     def checkpoint(self, step: int, **extra: Any) -> None:
         """Commit everything needed to go on at `step`."""
@@ -64,7 +75,6 @@ class Run:
         **meta: Any,
     ) -> None:
         """Commit final/: the trained halves, the prompt, and `meta` in the manifest."""
-        self.log.close()
         if distributed.rank() != 0:
             return
         shutil.rmtree(self.out / "final", ignore_errors=True)
@@ -76,6 +86,7 @@ class Run:
             if prompt is not None:
                 text = json.dumps(prompt.model_dump(mode="json"), indent=2)
                 (staging / "prompt.json").write_text(text, encoding="utf-8")
+        self.log.close()
 
 
 def _refuse_changes(cfg: config.Config, saved: Path) -> None:

@@ -57,6 +57,8 @@ def _rows(path: Path, texts: Sequence[str]) -> list[dict[str, Any]]:
                 rows.append(row)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except UserError:
+        raise
     except ValueError as error:  # not JSON, not UTF-8, a number too long
         raise UserError(f"{path}:{len(rows) + 1}: {error}") from None
     return rows

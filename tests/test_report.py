@@ -63,7 +63,7 @@ def test_results_have_the_documented_keys_and_round_trip(tmp_path):
     assert set(first) >= {"ci95", "mcnemar_p"} and first["holm_p"] >= first["mcnemar_p"]
     seen, unseen = (first["groups"]["wording"][label] for label in ("seen", "unseen"))
     assert (seen["difference"] + unseen["difference"]) / 2 == pytest.approx(0.475)  # 200 of each
-    part = stats.paired(*(arm.correct[1::2] for arm in (arms[-1], arms[1])))
+    part = stats.paired(arms[-1].correct[1::2], arms[1].correct[1::2])
     assert unseen["mcnemar_p"] == pytest.approx(part.mcnemar_p, rel=1e-5, abs=0)
     assert not {row["b"] for row in results["paired"]} & {"majority", "gold_rag"}
     assert results["k_selection"]["split"] == "validation"

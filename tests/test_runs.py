@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -197,7 +198,8 @@ def test_the_last_steps_of_a_warm_start_are_validated_too(recipe: Load, home: Pa
 def test_a_pretrained_encoder_keeps_its_own_tokenizer(recipe: Load, home: Path, tmp_path: Path):
     own = tmp_path / "own"
     tokenizer = train_bpe(["another text with other words"] * 3, 300)
-    DualEncoder.build(EncoderConfig(**SHAPE), tokenizer).towers["shared"].save_pretrained(own)
+    network: Any = DualEncoder.build(EncoderConfig(**SHAPE), tokenizer).question_tower
+    network.save_pretrained(own)
     tokenizer.save_pretrained(own)
     start(recipe, "retriever", home, tmp_path / "out", encoder={"model": str(own)}, steps=1)
     trained = DualEncoder.load(tmp_path / "out" / "final" / "retriever")

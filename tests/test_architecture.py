@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # Top to bottom; a module may import only from lines below its own, and from its own folder.
 LAYERS = [
     {"train", "eval"},
+    {"__main__"},
     {"cli"},
     {"pipeline", "systems"},
     {"stages"},

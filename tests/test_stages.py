@@ -1,15 +1,18 @@
-"""A stage ends with what started it, also when that is killed."""
+"""Stages: in what order they run, and that none outlives what started it."""
 
+import itertools
 import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from rag2 import artifact, stages
+from rag2.registry import UserError
 
 STEPS = 40
 # Notes its process at every step, goes on after the steps that are noted, and commits at the end.
@@ -91,3 +94,52 @@ def test_a_stage_whose_starter_ended_before_it_began_does_not_begin(tmp_path: Pa
     leashed[-4] = str(gone.pid)
     status = subprocess.run(leashed, cwd=tmp_path, capture_output=True).returncode
     assert status != 0 and not (tmp_path / "begun").exists()
+
+
+def test_a_stage_outlives_neither_the_failure_of_another_nor_an_interrupt(tmp_path: Path):
+    sleeper = [sys.executable, "-c", "import time; time.sleep(60)"]
+    failing = [sys.executable, "-c", "import time; time.sleep(0.5); raise SystemExit('error: no')"]
+    jobs = [
+        stages.Job(name, tmp_path / name, command, frozenset(needs), 1)
+        for name, command, needs in (("a", sleeper, ()), ("b", failing, ()), ("c", sleeper, ("b",)))
+    ]
+    started: list[subprocess.Popen] = []
+    honest = subprocess.Popen
+
+    def popen(*words: Any, **named: Any) -> subprocess.Popen:
+        started.append(honest(*words, **named))
+        return started[-1]
+
+    finished: list[str] = []
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match="b failed: no"):
+        patch.setattr(subprocess, "Popen", popen)
+        stages.run(jobs, 2, finished.append)
+    assert len(started) == 2 and all(process.poll() is not None for process in started)
+    assert finished == []
+
+
+def test_stages_run_after_those_they_need_and_no_more_at_once_than_asked(tmp_path: Path):
+    code = "import sys, time; print(time.time()); time.sleep(0.1); print(time.time())"
+    needs = {"a": (), "b": ("a",), "c": ("a",), "d": ("b", "c")}
+    jobs = [
+        stages.Job(name, tmp_path / name, [sys.executable, "-c", code], frozenset(before), 1)
+        for name, before in needs.items()
+    ]
+    finished: list[str] = []
+    stages.run(jobs, 2, finished.append)
+    assert sorted(finished) == ["a", "b", "c", "d"]
+    spans = _spans(tmp_path)
+    assert all(spans[name][0] >= spans[before][1] for name in needs for before in needs[name])
+    finished.clear()
+    stages.run(jobs, 1, finished.append)
+    assert finished in (["a", "b", "c", "d"], ["a", "c", "b", "d"])
+    in_turn = sorted(_spans(tmp_path).values())
+    assert all(later[0] >= earlier[1] for earlier, later in itertools.pairwise(in_turn))
+
+
+def _spans(home: Path) -> dict[str, list[float]]:
+    """Begin and end of each stage, as it printed them."""
+    return {
+        log.parent.name: [float(line) for line in log.read_text().split()]
+        for log in home.glob("*/stage.log")
+    }

@@ -164,6 +164,8 @@ def evaluate(
 
     gold = [frozenset(systems.gold[question.id]) for question in sets.test]
     ids_QK = scored["test"].ids_QK
+    read = ids_QK[:, : choice.k if choice else 0].tolist()
+    pairs = {(q.id, chunk) for q, row in zip(sets.test, read, strict=True) for chunk in row}
     train_seconds, trained = systems.cost(arm)
     return ArmResult.of(
         name,
@@ -181,6 +183,7 @@ def evaluate(
         train_seconds=train_seconds,
         eval_seconds=time.perf_counter() - began,
         trained_parameters=trained,
+        dropped_chunks=len(pairs & reader.dropped),
     )
 
 

@@ -70,7 +70,8 @@ class Reader:
     by_id: dict[int, Chunk]
     batch_tokens: int = 8192
     known: dict[tuple[str, int | None], list[float]] = field(default_factory=dict)
-    dropped: int = 0
+    dropped: set[tuple[str, int | None]] = field(default_factory=set)
+    """(question, chunk) pairs whose chunk the prompt's budget had no room for"""
 
     def read(self, pairs: Sequence[tuple[Question, int | None]]) -> None:
         """Score every (question, chunk) pair that is not known yet; chunk None is closed book."""
@@ -80,7 +81,8 @@ class Reader:
         for question, chunk in todo.values():
             passages = [] if chunk is None else [self.by_id[chunk].passage]
             built = self.prompt.context(question.question, passages, tokenizer, question.choices)
-            self.dropped += built.dropped
+            if built.dropped:
+                self.dropped.add((question.id, chunk))
             contexts.append(built.text)
             continuations.append(self.prompt.continuations(question.choices))
         scored = score_choices(

@@ -32,6 +32,7 @@ def markdown(results: Results) -> str:
         "Intervals are Wilson's. Controls: "
         + (", ".join(name for name in CONTROLS if name in results["arms"]) or "none")
         + ". The column control is the accuracy on questions the base answers without passages.",
+        *_dropped_section(results),
         *_group_sections(results),
         *_seed_section(results),
         *_paired_section(results),
@@ -57,6 +58,13 @@ def cells(name: str, arm: Results) -> list[str]:
         f"{arm['eval_seconds']:.1f}",
         f"{arm['trained_parameters']:,}",
     ]
+
+
+def _dropped_section(results: Results) -> Iterator[str]:
+    dropped = {name: arm["dropped_chunks"] for name, arm in results["arms"].items()}
+    found = ", ".join(f"{name} {count}" for name, count in dropped.items() if count)
+    if found:
+        yield f"Retrieved chunks that the prompt's budget had no room for, not read: {found}."
 
 
 def _group_sections(results: Results) -> Iterator[str]:

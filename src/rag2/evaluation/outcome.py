@@ -21,6 +21,7 @@ class ArmResult:
     and `reading` (closed, marginal, ...) say what the arm is made of; `logp_QC` holds the final
     log-likelihoods in nats and `lengths_QC` the choices' characters; `k` and `temperature` are
     what it was tested with (None after pooling seeds that differ); `recall_at_k` is at that k.
+    `dropped_chunks` counts those the prompt had no room for, which were then not read.
     `choice` (validation) and `oracle` (test, hindsight) are None for arms that chose nothing.
     """
 
@@ -43,6 +44,7 @@ class ArmResult:
     train_seconds: float = 0.0
     eval_seconds: float = 0.0
     trained_parameters: int = 0
+    dropped_chunks: int = 0
 
     def __post_init__(self) -> None:
         assert len(self.questions) == len(self.logp_QC) > 0, (self.name, self.logp_QC.shape)

@@ -101,6 +101,7 @@ def _arm(arm: ArmResult, groups: Sequence[str]) -> dict[str, Any]:
         "train_seconds": arm.train_seconds,
         "eval_seconds": arm.eval_seconds,
         "trained_parameters": arm.trained_parameters,
+        "dropped_chunks": arm.dropped_chunks,
     }
 
 

@@ -220,7 +220,7 @@ def finetune(hub: Path, out: Path, *overrides: str) -> float:
 
 
 def figures(retriever: DualEncoder, generator: Generator, hub: Path) -> tuple[torch.Tensor, ...]:
-    """Scores_BK and logp_BKT of three questions against four chunks each."""
+    """Scores_BK, crowding_B and logp_BKT of three questions against four chunks each."""
     with KnowledgeBase(hub / "kb.sqlite") as kb:
         chunks = kb.chunks()
     rag = Rag(retriever, generator, Prompt()).eval()

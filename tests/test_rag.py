@@ -116,7 +116,7 @@ def test_a_chunk_encoder_that_is_cut_off_is_noticed(
 
 
 def test_the_gradient_at_the_scores_is_prior_minus_posterior(rag: Rag, batch: Batch):
-    scores_BK, logp_BKT, mask_BKT = rag.double()(*batch)
+    scores_BK, _, logp_BKT, mask_BKT = rag.double()(*batch)
     scores_BK = scores_BK.detach().double().requires_grad_()
     logp_BKT = logp_BKT.detach().requires_grad_()
     loss_B, posterior_BK = Marginal()(scores_BK, logp_BKT, mask_BKT)
@@ -172,10 +172,10 @@ def test_a_chunk_that_questions_share_is_encoded_once_and_scored_for_each(
 
     monkeypatch.setattr(DualEncoder, "encode_chunks", counted)
     questions, _, chunks_BK = batch
-    scores_BK = rag.scores(questions, chunks_BK)
+    scores_BK, _ = rag.scores(questions, chunks_BK)
     assert len(seen) == len(set(seen)) == 10
     for row, question in enumerate(questions):
-        alone_K = torch.cat([rag.scores([question], [[c]])[0] for c in chunks_BK[row]])
+        alone_K = torch.cat([rag.scores([question], [[c]])[0][0] for c in chunks_BK[row]])
         torch.testing.assert_close(scores_BK[row], alone_K, atol=1e-4, rtol=1e-4)
 
 
@@ -186,18 +186,47 @@ def test_a_chunk_that_the_budget_has_no_room_for_stops_training(rag: Rag, batch:
         rag.pairs(*batch)
 
 
+# --- negatives from the batch --------------------------------------------------------------------
+
+
+def test_in_batch_negatives_normalise_the_prior_over_all_chunks_of_the_batch(
+    rag: Rag, batch: Batch
+):
+    questions, answers, chunks_BK = batch
+    result = OnePass()(rag, Marginal(), *batch, in_batch=True)
+    every = list({chunk.id: chunk for row in chunks_BK for chunk in row}.values())
+    assert len(every) == 10
+    with torch.no_grad():
+        scores_BU, none_B = rag.scores(questions, [every] * 3)
+        logp_RT, mask_RT = rag.logp(rag.pairs(questions, answers, [every] * 3))
+    torch.testing.assert_close(none_B, torch.zeros(3), atol=1e-5, rtol=0)
+    joint_BU = scores_BU.log_softmax(1) + (logp_RT * mask_RT).sum(1).view(3, 10)
+    own_BU = torch.tensor([[c.id in {own.id for own in row} for c in every] for row in chunks_BK])
+    by_hand_B = -joint_BU.masked_fill(~own_BU, -torch.inf).logsumexp(1)
+    torch.testing.assert_close(result.loss_B, by_hand_B, atol=1e-4, rtol=1e-4)
+    assert (result.loss_B >= -joint_BU.logsumexp(1) - 1e-4).all(), "no bound of the larger marginal"
+    assert (result.loss_B > OnePass()(rag, Marginal(), *batch).loss_B).all()
+
+
+def test_one_question_alone_has_no_negatives_in_the_batch(rag: Rag, batch: Batch):
+    questions, _, chunks_BK = batch
+    _, crowding_B = rag.scores(questions[:1], chunks_BK[:1])
+    torch.testing.assert_close(crowding_B, torch.zeros(1), atol=1e-5, rtol=0)
+
+
 # --- the two equal paths --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("micro_batch", [1, 5, 12, 64])
 @pytest.mark.parametrize("level", ["sequence", "token"])
+@pytest.mark.parametrize("in_batch", [False, True], ids=["own", "in_batch"])
 def test_one_pass_and_two_passes_leave_equal_gradients(
-    rag: Rag, batch: Batch, micro_batch: int, level
+    rag: Rag, batch: Batch, micro_batch: int, level, in_batch: bool
 ):
     results = []
     for step in (OnePass(), TwoPass(micro_batch=micro_batch)):
         rag.zero_grad(set_to_none=True)
-        result = step(rag, Marginal(level=level), *batch)
+        result = step(rag, Marginal(level=level), *batch, in_batch=in_batch)
         results.append((result, left(rag)))
     (one, a), (two, b) = results
     assert not differing(a, b)

@@ -111,7 +111,9 @@ def main(cfg: JointConfig) -> dict[str, float]:
             queries_BD = embed_corpus(rag.retriever, asked, side="question")
             chunks_BK = propose(rows_B, index.search(queries_BD, cfg.candidates.dense), step)
             optimizer.zero_grad(set_to_none=True)
-            result = cfg.step(rag, cfg.loss, asked, answers, chunks_BK)
+            result = cfg.step(
+                rag, cfg.loss, asked, answers, chunks_BK, in_batch=cfg.candidates.in_batch
+            )
 
             distributed.average_gradients(weights)
             loss = float(result.loss_B.mean())

@@ -30,19 +30,27 @@ class Rag(nn.Module):
         self.tokenizer = generator.tokenizer
         self.prompt = prompt
 
-    def scores(self, questions: Sequence[str], chunks_BK: Sequence[Sequence[Chunk]]) -> Tensor:
-        """Scores_BK = scale * <question, chunk> with today's weights, the logits of p(z|x).
+    def scores(
+        self, questions: Sequence[str], chunks_BK: Sequence[Sequence[Chunk]]
+    ) -> tuple[Tensor, Tensor]:
+        """Scores_BK = scale * <question, chunk> with today's weights, and their crowding_B in nats.
 
-        The candidates may come from a stale index; their scores never do, else the chunk encoder
-        would get no gradient. A chunk that several questions share is encoded once.
+        The scores are the logits of p(z|x). The candidates may come from a stale index; their
+        scores never do, else the chunk encoder would get no gradient. A chunk that several
+        questions share is encoded once. `crowding_B` is -log p(one of the question's own K
+        candidates | all U chunks of the batch) = LSE_u(scores_bu) - LSE_k(scores_bk), never below
+        0: what a softmax over only the best K leaves out, estimated from the other questions'
+        chunks (in-batch negatives, Karpukhin et al. 2020).
         """
         unique = {chunk.id: chunk for row in chunks_BK for chunk in row}
         place = {chunk_id: row for row, chunk_id in enumerate(unique)}
         rows_BK = torch.tensor([[place[chunk.id] for chunk in row] for row in chunks_BK])
         queries_BD = self.retriever.encode_questions(list(questions))
         chunks_UD = self.retriever.encode_chunks([chunk.passage for chunk in unique.values()])
-        chunks_BKD = chunks_UD[rows_BK.to(chunks_UD.device)]
-        return self.retriever.scale * einsum(queries_BD, chunks_BKD, "b d, b k d -> b k").float()
+        cosines_BU = einsum(queries_BD, chunks_UD, "b d, u d -> b u").float()
+        scores_BU = self.retriever.scale * cosines_BU
+        scores_BK = scores_BU.gather(1, rows_BK.to(scores_BU.device))
+        return scores_BK, scores_BU.logsumexp(1) - scores_BK.logsumexp(1)
 
     def pairs(
         self, questions: Sequence[str], answers: Sequence[str], chunks_BK: Sequence[Sequence[Chunk]]
@@ -71,10 +79,11 @@ class Rag(nn.Module):
 
     def forward(
         self, questions: Sequence[str], answers: Sequence[str], chunks_BK: Sequence[Sequence[Chunk]]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Scores_BK, logp_BKT and mask_BKT: all that a loss needs, in one graph."""
-        scores_BK = self.scores(questions, chunks_BK)
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Scores_BK, crowding_B, logp_BKT and mask_BKT: all that a loss needs, in one graph."""
+        scores_BK, crowding_B = self.scores(questions, chunks_BK)
         logp_RT, mask_RT = self.logp(self.pairs(questions, answers, chunks_BK))
         shape = {"k": scores_BK.shape[1]}
         logp_BKT = rearrange(logp_RT, "(b k) t -> b k t", **shape)
-        return scores_BK, logp_BKT, rearrange(mask_RT, "(b k) t -> b k t", **shape)
+        mask_BKT = rearrange(mask_RT, "(b k) t -> b k t", **shape)
+        return scores_BK, crowding_B, logp_BKT, mask_BKT

@@ -24,6 +24,10 @@ class Candidates(Config):
     (Karpukhin et al. 2020, section 4.2), for questions whose own words do not find their chunk"""
     random: int = Field(default=1, ge=0)
     """by chance: a softmax over only the best K is too sure of itself"""
+    in_batch: bool = False
+    """also the candidates of the batch's other questions, on the same device, as negatives: p(z|x)
+    is normalised over all of them, while only the question's own K are read. The loss is then an
+    upper bound of -log p(y|x) over the larger set, for it drops their terms p(z|x) p(y|x,z) >= 0"""
 
     @property
     def k(self) -> int:

@@ -43,10 +43,15 @@ class OnePass(Config):
         questions: Sequence[str],
         answers: Sequence[str],
         chunks_BK: Sequence[Sequence[Chunk]],
+        in_batch: bool = False,
     ) -> StepResult:
-        """Accumulate the gradient of the mean loss into the parameters."""
-        scores_BK, logp_BKT, mask_BKT = rag(questions, answers, chunks_BK)
+        """Accumulate the gradient of the mean loss into the parameters.
+
+        `in_batch` adds the crowding of `Rag.scores` to each question's loss.
+        """
+        scores_BK, crowding_B, logp_BKT, mask_BKT = rag(questions, answers, chunks_BK)
         loss_B, posterior_BK = loss(scores_BK, logp_BKT, mask_BKT)
+        loss_B = loss_B + crowding_B if in_batch else loss_B
         if loss_B.requires_grad:
             loss_B.mean().backward()
         prior_BK = scores_BK.detach().softmax(-1)
@@ -73,14 +78,18 @@ class TwoPass(Config):
         questions: Sequence[str],
         answers: Sequence[str],
         chunks_BK: Sequence[Sequence[Chunk]],
+        in_batch: bool = False,
     ) -> StepResult:
-        """Accumulate the gradient of the mean loss into the parameters."""
+        """Accumulate the gradient of the mean loss into the parameters.
+
+        `in_batch` adds the crowding of `Rag.scores` to each question's loss.
+        """
         pairs = rag.pairs(questions, answers, chunks_BK)
         order = sorted(range(len(pairs)), key=lambda r: len(pairs[r][0]) + len(pairs[r][1]))
         pieces = [order[i : i + self.micro_batch] for i in range(0, len(order), self.micro_batch)]
         logp_RT, mask_RT, states = self._first_pass(rag, pairs, pieces)
 
-        scores_BK = rag.scores(questions, chunks_BK)
+        scores_BK, crowding_B = rag.scores(questions, chunks_BK)
         logp_RT.requires_grad_(True)
         shape = {"k": scores_BK.shape[1]}
         loss_B, posterior_BK = loss(
@@ -88,6 +97,7 @@ class TwoPass(Config):
             rearrange(logp_RT, "(b k) t -> b k t", **shape),
             rearrange(mask_RT, "(b k) t -> b k t", **shape),
         )
+        loss_B = loss_B + crowding_B if in_batch else loss_B
         loss_B.mean().backward()
         grad_RT = logp_RT.grad
         kept = 1.0

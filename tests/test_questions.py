@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from rag2.evaluation.questions import load_questions, split, to_row
+from rag2.evaluation.questions import load_questions, split, to_row, with_choices
 from rag2.registry import UserError
 from rag2.types import Question
 
@@ -43,7 +43,10 @@ def test_questions_round_trip_and_split(tmp_path):
         (b"[" * 100_000, "not JSON"),
         ([1], "expected a JSON object, got list"),
         ({k: v for k, v in GOOD.items() if k != "choices"} | {"choises": []}, "'choices' is miss"),
-        ({"id": "x", "question": "?", "answers": ["a"]}, "free-text 'answers'"),
+        ({"id": "x", "question": "?", "answers": []}, "one or more non-empty strings, got []"),
+        ({"id": "x", "question": "?", "answers": ["a", " "]}, "one or more non-empty strings"),
+        ({"id": "x", "question": "?", "answers": "a"}, "'answers' must be a list"),
+        (GOOD | {"id": "x", "choices": ["a", "a"]}, "the same entry twice"),
         ({k: v for k, v in GOOD.items() if k != "id"}, "'id' is missing"),
         (GOOD | {"id": "x", "question": " "}, "'question' must be a non-empty string"),
         (GOOD | {"id": "x", "choices": ["a"]}, "at least 2 entries, got 1"),
@@ -82,3 +85,14 @@ def test_a_file_that_is_missing_or_empty_is_one_line(tmp_path):
         split(questions, "train")
     with pytest.raises(UserError, match="Did you mean 'validation'"):
         split(questions, "valid")
+
+
+def test_an_open_question_has_answers_instead_of_choices(tmp_path: Path):
+    row = {"id": "o", "question": "Who?", "answers": ["Ola", "Ola Nordmann"], "split": "test"}
+    path = tmp_path / "open.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    (question,) = load_questions(path)
+    assert (question.gold, question.choices, question.answer) == ("Ola", (), -1)
+    assert to_row(question) == row
+    with pytest.raises(UserError, match=r"open.jsonl: question 'o' has 'answers' and no 'choices'"):
+        with_choices([question], path)

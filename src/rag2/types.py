@@ -33,21 +33,31 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A multiple-choice question; `answer` indexes `choices`, `evidence` names documents."""
+    """A question; `evidence` names documents that answer it.
+
+    Multiple choice: `answer` indexes `choices`. Open: no choices, and `answers` holds every
+    wording that counts as right, the usual one first.
+    """
 
     id: str
     question: str
-    choices: tuple[str, ...]
-    answer: int
+    choices: tuple[str, ...] = ()
+    answer: int = -1
     split: str = "test"
     gold_chunk: int | None = None
     evidence: tuple[str, ...] = ()
     metadata: dict[str, Any] = field(default_factory=dict)
+    answers: tuple[str, ...] = ()
 
     @property
     def gold(self) -> str:
-        """The text of the right choice."""
-        return self.choices[self.answer]
+        """The text of the right answer."""
+        return self.choices[self.answer] if self.choices else self.answers[0]
+
+    @property
+    def subject(self) -> str:
+        """What `metadata` calls its subject, as MMLU does; empty where there is none."""
+        return str(self.metadata.get("subject", ""))
 
 
 @dataclass(frozen=True, slots=True)

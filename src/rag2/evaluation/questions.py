@@ -1,4 +1,4 @@
-"""A JSONL file of multiple-choice questions -> `Question` records, every row checked."""
+"""A JSONL file of questions, multiple-choice or open -> `Question` records, every row checked."""
 
 import json
 from collections import Counter
@@ -15,8 +15,8 @@ SPLITS = ("train", "validation", "test")
 def load_questions(path: str | Path) -> list[Question]:
     """The questions of a JSONL file in file order, blank lines skipped.
 
-    Raises UserError, one line that starts with `file:line`, at the first row that is not a
-    multiple-choice question, and for a missing, unreadable or empty file.
+    Raises UserError, one line that starts with `file:line`, at the first row that is no question
+    with `choices` and `answer` or with `answers`, and for a missing, unreadable or empty file.
     """
     path = Path(path)
     questions: list[Question] = []
@@ -50,15 +50,25 @@ def split(questions: Sequence[Question], name: str) -> list[Question]:
     return chosen
 
 
+def with_choices(questions: Sequence[Question], source: str | Path) -> Sequence[Question]:
+    """The questions; raises UserError if one is open, for it has no choices to compare."""
+    for question in questions:
+        if not question.choices:
+            raise UserError(
+                f"{source}: question {question.id!r} has 'answers' and no 'choices'; "
+                "open questions are answered by rag2 eval open"
+            )
+    return questions
+
+
 def to_row(question: Question) -> dict[str, Any]:
     """The JSON object of a question, without the optional keys it does not use."""
-    row: dict[str, Any] = {
-        "id": question.id,
-        "question": question.question,
-        "choices": list(question.choices),
-        "answer": question.answer,
-        "split": question.split,
-    }
+    row: dict[str, Any] = {"id": question.id, "question": question.question}
+    if question.choices:
+        row |= {"choices": list(question.choices), "answer": question.answer}
+    else:
+        row["answers"] = list(question.answers)
+    row["split"] = question.split
     if question.gold_chunk is not None:
         row["gold_chunk"] = question.gold_chunk
     if question.evidence:
@@ -107,12 +117,14 @@ def _question(row: Mapping[str, Any], place: str) -> Question:
     text = _required(row, "question", place)
     if not isinstance(text, str) or not text.strip():
         raise UserError(f"{place}: 'question' must be a non-empty string, got {_shown(text)}")
-    choices = _choices(row, place)
+    open_ended = "answers" in row and "choices" not in row
+    choices = () if open_ended else _choices(row, place)
     return Question(
         id=str(identity),
         question=text,
         choices=choices,
-        answer=_answer(row, len(choices), place),
+        answer=-1 if open_ended else _answer(row, len(choices), place),
+        answers=_answers(row, place) if open_ended else (),
         split=_split(row, place),
         gold_chunk=_gold_chunk(row, place),
         evidence=_evidence(row, place),
@@ -127,8 +139,6 @@ def _required(row: Mapping[str, Any], key: str, place: str) -> Any:
 
 
 def _choices(row: Mapping[str, Any], place: str) -> tuple[str, ...]:
-    if "choices" not in row and "answers" in row:
-        raise UserError(f"{place}: free-text 'answers' cannot be scored; 'choices' is missing")
     choices = _required(row, "choices", place)
     if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
         raise UserError(f"{place}: 'choices' must be a list of strings, got {_shown(choices)}")
@@ -136,7 +146,23 @@ def _choices(row: Mapping[str, Any], place: str) -> tuple[str, ...]:
         raise UserError(f"{place}: 'choices' needs at least 2 entries, got {len(choices)}")
     if not all(choice.strip() for choice in choices):
         raise UserError(f"{place}: 'choices' has an empty entry: {_shown(choices)}")
+    if len(set(choices)) < len(choices):
+        raise UserError(f"{place}: 'choices' has the same entry twice: {_shown(choices)}")
     return tuple(choices)
+
+
+def _answers(row: Mapping[str, Any], place: str) -> tuple[str, ...]:
+    answers = row["answers"]
+    if (
+        not isinstance(answers, list)
+        or not answers
+        or not all(isinstance(answer, str) and answer.strip() for answer in answers)
+    ):
+        raise UserError(
+            f"{place}: 'answers' must be a list of one or more non-empty strings, "
+            f"got {_shown(answers)}"
+        )
+    return tuple(answers)
 
 
 def _answer(row: Mapping[str, Any], count: int, place: str) -> int:

@@ -9,8 +9,9 @@ from pydantic import PositiveInt
 
 from rag2.config import Config
 from rag2.registry import UserError
+from rag2.types import Question
 
-GAP = "\n\n"  # between passages, and between the last passage and the question
+GAP = "\n\n"  # after the description's examples and each passage
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +23,7 @@ class Built:
 
 
 class Prompt(Config):
-    """[passages, best one last] then the question, in at most `budget` tokens; the answer follows.
+    """[description, worked examples] [passages, best one last] question; the answer follows.
 
     `cloze` asks for the text of the answer; `letters` is the format of MMLU: the choices are
     listed and the answer is a letter. Both are those of lm-evaluation-harness to the character.
@@ -30,6 +31,9 @@ class Prompt(Config):
 
     format: Literal["cloze", "letters"] = "cloze"
     budget: PositiveInt = 1024
+    """tokens of the context; whole passages are dropped to keep it"""
+    description: str = ""
+    """what every context begins with; {subject} stands for the question's subject"""
 
     def context(
         self,
@@ -37,27 +41,45 @@ class Prompt(Config):
         passages: Sequence[str],
         tokenizer: Any,
         choices: Sequence[str] = (),
+        header: str = "",
     ) -> Built:
         """The context for one question; `passages` come best first, none means closed book.
 
-        While it exceeds the budget, whole passages are dropped, worst first, and counted. Raises
+        `header` is that of `header`, the same for all questions of a subject and therefore first:
+        it is read once for all of them. While the whole exceeds the budget, whole passages are dropped, worst first, and counted. Raises
         UserError when even the bare question does not fit: nothing is cut silently.
         """
         stem = self._stem(question, choices)
         for kept in range(len(passages), -1, -1):
-            text = GAP.join([*reversed(passages[:kept]), stem])
+            text = header + GAP.join([*reversed(passages[:kept]), stem])
             if self._fits(text, tokenizer):
                 return Built(text, dropped=len(passages) - kept)
         raise UserError(
             f"prompt.budget={self.budget} tokens: question {question[:60]!r} alone takes "
-            f"{len(tokenizer.encode(stem))}"
+            f"{len(tokenizer.encode(header + stem))}"
+        )
+
+    def header(self, subject: str = "", examples: Sequence[Question] = ()) -> str:
+        """The description, then each worked example with its answer and an empty line."""
+        described = self.description.replace("{subject}", subject.replace("_", " "))
+        return described + "".join(
+            self._stem(q.question, q.choices) + self._right(q) + GAP for q in examples
         )
 
     def continuations(self, choices: Sequence[str]) -> list[str]:
-        """What follows the context for each choice: a space, then the choice or its letter."""
+        """What follows the context for each choice: a space, then its label."""
+        return [f" {label}" for label in self.labels(choices)]
+
+    def labels(self, choices: Sequence[str]) -> list[str]:
+        """What is scored for each choice: its letter, or the choice itself."""
         if self.format == "letters":
-            return [f" {letter}" for letter, _ in _lettered(choices)]
-        return [f" {choice}" for choice in choices]
+            return [letter for letter, _ in _lettered(choices)]
+        return list(choices)
+
+    def _right(self, question: Question) -> str:
+        if not question.choices:
+            return f" {question.gold}"
+        return self.continuations(question.choices)[question.answer]
 
     def _fits(self, text: str, tokenizer: Any) -> bool:
         # A token stands for at least one character of ASCII, so that short texts need no counting.

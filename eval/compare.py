@@ -2,32 +2,38 @@
 
     rag2 eval compare -c configs/demo/compare.yaml out=runs/compare
     rag2 eval compare -c configs/demo/compare.yaml arms=[base,frozen_rag,joint] out=runs/small
+    rag2 eval compare kb=KB questions=FILE generators='{base: PATH, ft: PATH}' \\
+        retrievers='{warm: PATH}' out=runs/own
 
-Every arm is a generator and a retriever; prompt, scoring and the choice of K and temperature on
-validation questions are the same for all.
+Every arm is a generator and a retriever; prompt, scoring and the choice of reading, K and
+temperature on validation questions are the same for all.
 """
 
-import time
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from pydantic import Field
 from rich.console import Console
 
 from rag2 import config, pipeline
-from rag2.evaluation import arms, report, score, select
+from rag2.evaluation import arms, report, score, select, trial
+from rag2.evaluation.arms import Arm
 from rag2.evaluation.environment import environment
 from rag2.evaluation.outcome import ArmResult
-from rag2.evaluation.questions import load_questions, split
-from rag2.evaluation.results import CONTROLS, summarize
+from rag2.evaluation.questions import load_questions, split, with_choices
+from rag2.evaluation.results import summarize
+from rag2.evaluation.score import Reading
+from rag2.evaluation.shots import Shots
+from rag2.evaluation.trial import QuestionSets, Rules
 from rag2.generator.prompt import Prompt
-from rag2.registry import UserError
-from rag2.systems import Systems
+from rag2.registry import UserError, nearest
+from rag2.retriever.encoder import EncoderConfig
+from rag2.systems import TRAINED_BY, Parts, Systems
+from rag2.training import distributed
 from rag2.training.log import Advance, progress
 from rag2.types import Question
 
@@ -38,153 +44,188 @@ class CompareConfig(pipeline.Inputs):
     out: str = "runs/compare"
     """directory of the report; the systems are found or made in `home`"""
     seed: int = Field(default=0, ge=0, lt=2**63)
-    arms: list[str] = Field(default=[*arms.ARMS, "majority"], min_length=1)
+    arms: list[str] | None = Field(default=None, min_length=1)
+    """null: every arm whose parts are given or made by the world, and majority"""
+    kb: str | None = None
+    """knowledge base file"""
+    questions: str | None = None
+    """JSONL of questions; `control` and `two_hop` are asked beside and reported apart"""
+    control: str | None = None
+    two_hop: str | None = None
+    generators: dict[str, str] = {}
+    """base, ft, ... -> folder or hub id; those not named here are made by the world"""
+    retrievers: dict[str, str] = {}
+    """warm, joint -> encoder folder"""
+    encoder: EncoderConfig | None = None
+    """pretrained encoder that is the warm retriever where none is given"""
     ks: list[int] = Field(default=list(select.KS), min_length=1)
     """numbers of chunks to choose from on validation; 0 is the closed book"""
+    readings: list[Reading] = Field(default=["marginal"], min_length=1)
+    """marginal: each chunk alone, mixed by p(k|q); concat: the best k in one prompt. Of several,
+    validation chooses, and all are reported"""
+    metrics: list[trial.Metric] = []
+    """mutual_info, debiased: measured besides, at the cost of further prompts"""
+    shots: Shots = Shots()
+    """worked examples before each question, from the training questions"""
     prompt: Prompt = Prompt()
     limit: int | None = Field(default=None, ge=1)
     """the first so many test questions; null: all"""
-
-
-PARTS = ("validation", "test", "control", "two_hop")
-
-
-@dataclass(frozen=True, slots=True)
-class QuestionSets:
-    """What is asked: validation chooses, test counts, control and two_hop are reported beside."""
-
-    train: Sequence[Question]
-    validation: Sequence[Question]
-    test: Sequence[Question]
-    control: Sequence[Question]
-    two_hop: Sequence[Question]
-
-    def all(self) -> list[Question]:
-        """Every question that is scored."""
-        return [question for part in PARTS for question in getattr(self, part)]
+    dtype: str = "float32"
+    """of the generators"""
+    device: str = "cpu"
+    """cpu, cuda or cuda:N"""
 
 
 def main(cfg: CompareConfig) -> dict:
     """Make what is missing, evaluate every arm, write the report; returns results.json."""
-    chosen = {name: arms.arm(name) for name in cfg.arms if name != "majority"}
-    if any(k < 0 for k in cfg.ks):
-        raise UserError(f"ks={cfg.ks}: a number of chunks is 0 or more")
+    _check(cfg)
     report.check(cfg.out)
-    pipeline.ensure(cfg, {"data"})
+    if not (cfg.kb and cfg.questions):
+        pipeline.ensure(cfg, {"data"})
     sets = read_questions(cfg)
-    systems = Systems(Path(cfg.home), cfg.seed, cfg.prompt, sets.all())
+    headers = cfg.shots.headers(sets.all(), sets.train, cfg.prompt)
+    by_id = {q.id: header for q, header in zip(sets.all(), headers, strict=True)}
+    where = distributed.device(cfg.device)
+    systems = Systems(parts(cfg), cfg.seed, cfg.prompt, sets.all(), by_id, cfg.dtype, where)
     if max(cfg.ks) > len(systems.chunks):
         raise UserError(f"ks={cfg.ks}: K is larger than the corpus of {len(systems.chunks)} chunks")
-    pipeline.ensure(cfg, {stage for arm in chosen.values() for stage in arms.stages(arm)})
-    found = {name: search(arm, systems, sets, max(cfg.ks)) for name, arm in chosen.items()}
-    torch.set_num_threads(1)
-    with progress("evaluate", total=len(chosen) * len(sets.all())) as advance:
+    chosen = choose_arms(cfg, sets, systems)
+    needed = {stage for arm in chosen.values() for stage in stages(cfg, arm)}
+    if needed:
+        pipeline.ensure(cfg, needed)
 
-        def run(generator: str) -> dict[str, ArmResult]:
-            mine = [name for name, arm in chosen.items() if arm.generator == generator]
-            return {n: evaluate(n, chosen[n], found[n], systems, sets, cfg, advance) for n in mine}
-
-        # Arms with one generator share what it has read; different generators run side by side.
-        counts = Counter(arm.generator for arm in chosen.values())
-        generators = [name for name, _ in counts.most_common()]
-        for name in generators:
-            systems.reader(name)
-        with ThreadPoolExecutor(cfg.jobs) as pool:
-            done = {k: v for part in pool.map(run, generators) for k, v in part.items()}
-    results = [done[name] for name in chosen]
-    if "majority" in cfg.arms:
-        position = score.majority_position(sets.train)
+    results = evaluate(cfg, chosen, sets, systems)
+    if "majority" in (cfg.arms or ["majority"]):
+        position = score.majority_position(sets.train or sets.validation or sets.test)
         constant = score.constant(sets.test, position)
         results.append(ArmResult.of("majority", sets.test, constant, generator="majority"))
-    summary = summarize(
-        cfg.world.name if cfg.world else Path(cfg.home).name,
-        results,
-        seed=cfg.seed,
-        environment=environment(),
-    )
+    summary = summarize(task(cfg), results, seed=cfg.seed, environment=environment())
     report.write(Path(cfg.out), summary, results)
     Console().print(report.terminal_table(summary))
     return summary
 
 
-def read_questions(cfg: CompareConfig) -> QuestionSets:
-    """The question sets of `home`; control and two_hop may be absent."""
-    data = Path(cfg.home) / "data"
-    questions = load_questions(data / "questions.jsonl")
-    others = [
-        load_questions(path) if path.exists() else []
-        for path in (data / "control.jsonl", data / "two_hop.jsonl")
-    ]
-    parts = [split(questions, name) for name in ("train", "validation", "test")]
-    return QuestionSets(parts[0], parts[1], parts[2][: cfg.limit], *others)
-
-
-def search(arm: arms.Arm, systems: Systems, sets: QuestionSets, k: int) -> dict[str, arms.Found]:
-    """What the arm's retriever finds for each question set that is not empty."""
-    retriever = systems.retriever(arm.retriever)
-    found = {}
-    for part in PARTS:
-        asked = getattr(sets, part)
-        # A control question has no evidence: the gold control answers it by heart.
-        blind = part == "control" and arm.retriever == "gold"
-        if asked:
-            found[part] = arms.retrieve(asked, None if blind else retriever, k)
-    return found
-
-
 def evaluate(
-    name: str,
-    arm: arms.Arm,
-    found: dict[str, arms.Found],
-    systems: Systems,
-    sets: QuestionSets,
-    cfg: CompareConfig,
-    advance: Advance,
-) -> ArmResult:
-    """One arm: score all sets, choose K and temperature on validation, answer the test."""
-    began = time.perf_counter()
-    reader = systems.reader(arm.generator)
-    scored = {
-        part: arms.evaluate(getattr(sets, part), rows, reader, advance)
-        for part, rows in found.items()
+    cfg: CompareConfig, chosen: dict[str, Arm], sets: QuestionSets, systems: Systems
+) -> list[ArmResult]:
+    """Every arm; those with one generator share what it has read, others run side by side."""
+    rules = Rules(cfg.ks, cfg.readings, cfg.metrics)
+    found = {
+        name: trial.search(arm, systems.retriever(arm.retriever), sets, rules)
+        for name, arm in chosen.items()
     }
-    choice = oracle = None
-    if arm.retriever is not None:
-        # The gold chunk is read alone by definition; every other arm may also choose to read none.
-        ks = [1] if arm.retriever == "gold" else cfg.ks
-        choice = select.choose(scored["validation"], score.answers(sets.validation), ks)
-        oracle = select.oracle_on_test(scored["test"], score.answers(sets.test), ks)
+    torch.set_num_threads(1)
 
-    def accuracy(part: str) -> float | None:
-        if part not in scored:
-            return None
-        kept = min(choice.k if choice else 0, scored[part].retrieved)
-        logp_QC = score.marginal(scored[part], kept, choice.temperature if choice else 1.0)
-        return float(np.mean(score.predict(logp_QC) == score.answers(getattr(sets, part))))
+    def run(generator: str, advance: Advance) -> dict[str, ArmResult]:
+        done = {}
+        with systems.reader(generator) as reader:
+            for name, arm in chosen.items():
+                if arm.generator == generator:
+                    result = trial.run(
+                        name, arm, sets, found[name], reader, rules, systems.gold, advance
+                    )
+                    seconds, trained = systems.cost(arm)
+                    done[name] = replace(result, train_seconds=seconds, trained_parameters=trained)
+        return done
 
-    gold = [frozenset(systems.gold[question.id]) for question in sets.test]
-    ids_QK = scored["test"].ids_QK
-    read = ids_QK[:, : choice.k if choice else 0].tolist()
-    pairs = {(q.id, chunk) for q, row in zip(sets.test, read, strict=True) for chunk in row}
-    train_seconds, trained = systems.cost(arm)
-    return ArmResult.of(
-        name,
-        sets.test,
-        scored["test"],
-        choice,
-        generator=arm.generator,
-        retriever=arm.retriever,
-        reading="marginal" if arm.retriever else "closed",
-        oracle=oracle if name not in CONTROLS else None,
-        recall_at_1=score.recall_at(ids_QK, gold, 1) if arm.retriever else None,
-        recall_at_k=score.recall_at(ids_QK, gold, choice.k) if choice else None,
-        control_accuracy=accuracy("control"),
-        two_hop_accuracy=accuracy("two_hop"),
-        train_seconds=train_seconds,
-        eval_seconds=time.perf_counter() - began,
-        trained_parameters=trained,
-        dropped_chunks=len(pairs & reader.dropped),
+    counts = Counter(arm.generator for arm in chosen.values())
+    generators = [name for name, _ in counts.most_common()]
+    with (
+        progress("evaluate", total=len(chosen) * len(sets.all())) as advance,
+        ThreadPoolExecutor(cfg.jobs) as pool,
+    ):
+        parts = pool.map(lambda name: run(name, advance), generators)
+        done = {name: result for part in parts for name, result in part.items()}
+    return [done[name] for name in chosen]
+
+
+def read_questions(cfg: CompareConfig) -> QuestionSets:
+    """The question sets that are given, or those of `home`; only test must be there."""
+    data = Path(cfg.home) / "data"
+    path = cfg.questions or data / "questions.jsonl"
+    questions = with_choices(load_questions(path), path)
+    parts = {name: [q for q in questions if q.split == name] for name in ("train", "validation")}
+    return QuestionSets(
+        **parts,
+        test=split(questions, "test")[: cfg.limit],
+        control=_beside(cfg, cfg.control, data / "control.jsonl"),
+        two_hop=_beside(cfg, cfg.two_hop, data / "two_hop.jsonl"),
     )
+
+
+def parts(cfg: CompareConfig) -> Parts:
+    """Where every part is, or will be made."""
+    made = Parts.of_home(Path(cfg.home)) if cfg.world else Parts(Path(), {}, {})
+    return Parts(
+        Path(cfg.kb) if cfg.kb else Path(cfg.home) / "data" / "kb.sqlite",
+        {**made.generators, **cfg.generators},
+        {**made.retrievers, **cfg.retrievers},
+        None if "warm" in cfg.retrievers else cfg.encoder,
+    )
+
+
+def choose_arms(cfg: CompareConfig, sets: QuestionSets, systems: Systems) -> dict[str, Arm]:
+    """The arms to run; raises UserError for one that lacks a part, or validation questions."""
+    asked = [name for name in cfg.arms or arms.ARMS if name != "majority"]
+    chosen = {}
+    for name in asked:
+        arm = arms.arm(name)
+        lacking = systems.lacks(arm)
+        if arm.retriever and arm.retriever != "gold" and not sets.validation:
+            lacking = "validation questions, on which K is chosen (split: validation)"
+        if lacking and cfg.arms:
+            raise UserError(f"arm {name} lacks {lacking}")
+        if not lacking:
+            chosen[name] = arm
+    if not chosen:
+        raise UserError("there is no arm to run: give generators={base: PATH}, or a world")
+    return chosen
+
+
+def stages(cfg: CompareConfig, arm: Arm) -> set[str]:
+    """The stages of the world that make what the arm needs and nobody gave."""
+    if cfg.world is None:
+        return set()
+    trained = None if cfg.encoder and arm.retriever == "warm" else arm.retriever
+    made = {arm.generator} - cfg.generators.keys()
+    return made | {TRAINED_BY[trained]} if trained in TRAINED_BY.keys() - cfg.retrievers else made
+
+
+def task(cfg: CompareConfig) -> str:
+    """What results.json calls the questions."""
+    if cfg.questions is None:
+        return cfg.world.name if cfg.world else Path(cfg.home).name
+    shots = f"{cfg.shots.count} shots"
+    return f"{Path(cfg.questions).stem} ({cfg.prompt.format}, {shots})"
+
+
+def _beside(cfg: CompareConfig, given: str | None, own: Path) -> Sequence[Question]:
+    """Questions that are reported apart: the given file, else the world's if its data is used."""
+    path = given or (own if cfg.questions is None and own.exists() else None)
+    return with_choices(load_questions(path), path) if path else []
+
+
+def _check(cfg: CompareConfig) -> None:
+    """Raise UserError for names and numbers that cannot be, before anything is made."""
+    for name in cfg.arms or ():
+        if name != "majority":
+            arms.arm(name)
+    if any(k < 0 for k in cfg.ks):
+        raise UserError(f"ks={cfg.ks}: a number of chunks is 0 or more")
+    for key, given, known in (
+        ("generators", cfg.generators, arms.GENERATORS),
+        ("retrievers", cfg.retrievers, tuple(TRAINED_BY)),
+    ):
+        for name in given:
+            if name not in known:
+                allowed = ", ".join(known)
+                raise UserError(
+                    f"{key}: unknown name {name!r}; allowed: {allowed}.{nearest(name, known)}"
+                )
+    if cfg.world is None and not (cfg.kb and cfg.questions and cfg.generators):
+        raise UserError(
+            "world is not given: set world=NAME, or kb=, questions= and generators= of your own"
+        )
 
 
 if __name__ == "__main__":

@@ -4,19 +4,18 @@ rag2 eval mc generator=PATH questions=FILE.jsonl format=letters shots=0 out=runs
 rag2 eval mc -c configs/demo/mc.yaml format=cloze
 """
 
-import time
 from pathlib import Path
 from typing import Literal
 
-from pydantic import PositiveInt
+from pydantic import Field, PositiveInt
 from rich.console import Console
 
 from rag2 import config, pipeline
-from rag2.evaluation import arms, report
+from rag2.evaluation import arms, report, trial
 from rag2.evaluation.environment import environment
-from rag2.evaluation.outcome import ArmResult
-from rag2.evaluation.questions import load_questions
+from rag2.evaluation.questions import load_questions, with_choices
 from rag2.evaluation.results import summarize
+from rag2.evaluation.shots import Shots
 from rag2.generator.load import Generator
 from rag2.generator.prompt import Prompt
 from rag2.registry import UserError
@@ -35,8 +34,15 @@ class McConfig(pipeline.Inputs):
     """train, validation or test; null: every question of the file"""
     format: Literal["letters", "cloze"] = "cloze"
     """letters: the choices are listed and the answer is a letter; cloze: the answer's text"""
-    shots: Literal[0] = 0
-    """worked examples before the question"""
+    shots: int = Field(default=0, ge=0)
+    """worked examples before each question, from the file's training questions"""
+    sampler: Literal["first_n", "seeded"] = "first_n"
+    """the same first examples for every question, or others for each"""
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    description: str = ""
+    """what every prompt begins with; {subject} stands for the question's subject"""
+    metrics: list[trial.Metric] = []
+    """mutual_info, debiased: measured besides, at the cost of further prompts"""
     budget: PositiveInt = 1024
     """tokens of the context"""
     dtype: str = "float32"
@@ -48,26 +54,24 @@ def main(cfg: McConfig) -> dict:
     cfg = pipeline.resolve(cfg)
     assert cfg.generator and cfg.questions
     report.check(cfg.out)
-    questions = load_questions(cfg.questions)
-    if cfg.split:
-        questions = [question for question in questions if question.split == cfg.split]
-    if not questions:
+    questions = with_choices(load_questions(cfg.questions), cfg.questions)
+    asked = [q for q in questions if cfg.split in (None, q.split)]
+    if not asked:
         raise UserError(f"{cfg.questions}: no question of split {cfg.split!r}")
-    began = time.perf_counter()
     generator = Generator.load(cfg.generator, cfg.dtype, distributed.device(cfg.device))
-    prompt = Prompt(format=cfg.format, budget=cfg.budget)
-    reader = arms.Reader(generator, prompt, {})
-    with progress("mc", total=len(questions)) as advance:
-        scores = arms.evaluate(questions, arms.retrieve(questions, None, 0), reader, advance)
-    facts = {"generator": "base", "eval_seconds": time.perf_counter() - began}
-    result = ArmResult.of("base", questions, scores, **facts)
+    prompt = Prompt(format=cfg.format, budget=cfg.budget, description=cfg.description)
+    shots = Shots(count=cfg.shots, sampler=cfg.sampler, seed=cfg.seed)
+    headers = shots.headers(asked, [q for q in questions if q.split == "train"], prompt)
+    by_id = {q.id: header for q, header in zip(asked, headers, strict=True)}
+    reader = arms.Reader(generator, prompt, {}, headers=by_id)
+    sets = trial.QuestionSets([], [], asked, [], [])
+    found = {"test": arms.retrieve(asked, None, 0)}
+    rules = trial.Rules([0], metrics=cfg.metrics)
+    with progress("mc", total=len(asked)) as advance:
+        result = trial.run("base", arms.Arm("base"), sets, found, reader, rules, {}, advance)
     task = f"{Path(cfg.questions).stem} ({cfg.format}, {cfg.shots} shots)"
-    summary = summarize(task, [result], seed=0, environment=environment())
-    contexts = [
-        prompt.context(q.question, [], generator.tokenizer, q.choices).text for q in questions
-    ]
-    continuations = [prompt.continuations(q.choices) for q in questions]
-    report.write(Path(cfg.out), summary, [result], contexts, continuations)
+    summary = summarize(task, [result], seed=cfg.seed, environment=environment())
+    report.write(Path(cfg.out), summary, [result])
     Console().print(report.terminal_table(summary))
     return summary
 

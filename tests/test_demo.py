@@ -114,7 +114,7 @@ def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
 
 def test_a_comparison_holds_every_arm_with_the_documented_keys(results: dict[str, Any]):
     top = "format task n seed interval arms paired k_selection environment"
-    assert set(results) == {*top.split(), "grid_2x2"}
+    assert set(results) == {*top.split(), "pairwise", "grid_2x2"}
     assert (results["format"], results["task"], results["interval"]) == (
         "rag2.results/1",
         "almanac",

@@ -78,7 +78,7 @@ def test_a_missing_chunk_weighs_nothing(rng):
     scores = make_scores(rng, k=3)
     short = replace(scores, scores_QK=np.where(np.arange(3) == 2, -np.inf, scores.scores_QK))
     np.testing.assert_allclose(score.marginal(short, 3), score.marginal(scores, 2), atol=1e-10)
-    cited = score.retrieved(short, 3, 1.0, score.predict(score.marginal(short, 3)))
+    cited = score.retrieved(short, "marginal", 3, 1.0, score.predict(score.marginal(short, 3)))
     assert {len(passages) for passages in cited} == {2}
 
 
@@ -99,10 +99,28 @@ def test_ties_go_to_the_lowest_index_and_absent_choices_are_never_picked():
     assert score.predict_norm(logp_QC, np.array([[1, 1, 4], [1, 2, 0]])).tolist() == [2, 1]
 
 
-def test_lengths_count_characters_and_not_bytes():
-    question = Question("q", "?", ("\u00fcber", "x"), 0)
-    short = Question("r", "?", ("ab", "cd", "efg"), 0)
-    assert score.choice_lengths([question, short]).tolist() == [[4, 1, 0], [2, 2, 3]]
+def test_lengths_count_characters_or_utf8_bytes_of_what_is_scored():
+    labels = [["\u00fcber", "x"], ["ab", "cd", "efg"]]
+    assert score.lengths(labels).tolist() == [[4, 1, 0], [2, 2, 3]]
+    assert score.lengths(labels, bytewise=True).tolist() == [[5, 1, 0], [2, 2, 3]]
+
+
+def test_mutual_information_takes_off_what_a_choice_is_worth_without_any_context():
+    logp_QC = np.array([[-5.0, -1.0], [-5.0, -np.inf]])
+    unconditional_QC = np.array([[-9.0, -1.0], [-1.0, -np.inf]])
+    assert score.predict_mutual(logp_QC, unconditional_QC).tolist() == [0, 0]
+
+
+def test_concat_reads_the_joint_prompt_and_equals_the_mixture_below_two_chunks(rng):
+    scores = make_scores(rng)
+    for k in (0, 1):
+        both = [score.read(scores, reading, k, 3.0) for reading in score.READINGS]
+        np.testing.assert_array_equal(*both)
+    np.testing.assert_array_equal(score.read(scores, "concat", 3), scores.concat[3])
+    picks_Q = score.predict(scores.concat[3])
+    (first, *_) = score.retrieved(scores, "concat", 3, 1.0, picks_Q)
+    assert [item.chunk for item in first] == scores.ids_QK[0, :3].tolist()
+    assert all(item.posterior is None for item in first)
 
 
 def test_scores_refuse_arrays_that_do_not_fit(rng):
@@ -167,8 +185,28 @@ def test_ties_go_to_the_smaller_k_and_the_temperature_nearest_one(rng):
 def test_the_choice_never_exceeds_what_was_retrieved(rng):
     scores = make_scores(rng, k=3)
     assert select.choose(scores, rng.integers(0, 4, 40)).k <= 3
-    closed = Scores.closed_book(scores.closed_QC, scores.lengths_QC)
+    closed = Scores.closed_book(scores.closed_QC)
     assert select.choose(closed, rng.integers(0, 4, 40)).k == 0
+
+
+def test_validation_chooses_the_reading_too_and_by_k_lists_what_it_chose_from(rng):
+    scores = make_scores(rng)
+    answers_Q = rng.integers(0, 4, 40)
+    logp_QC = np.full((40, 4), -8.0)
+    logp_QC[np.arange(40), answers_Q] = -0.01
+    helped = replace(scores, concat=scores.concat | {3: logp_QC})
+    choice = select.choose(helped, answers_Q, readings=score.READINGS)
+    assert (choice.reading, choice.k, choice.validation_accuracy) == ("concat", 3, 1.0)
+    assert select.choose(helped, answers_Q).reading == "marginal"
+    rows = select.by_k(helped, answers_Q, ks=(0, 1, 3), readings=score.READINGS)
+    assert [(row.k, row.reading) for row in rows] == [
+        (k, reading) for k in (0, 1, 3) for reading in score.READINGS
+    ]
+    for row in rows:
+        logp_QC = score.read(helped, row.reading, row.k, row.temperature)
+        assert row.validation_accuracy == np.mean(score.predict(logp_QC) == answers_Q)
+    closed, _, one, *_ = rows
+    assert closed == replace(rows[1], reading="marginal") and one.temperature == 1.0
 
 
 def test_the_choice_is_the_same_whatever_the_test_labels_are(rng):

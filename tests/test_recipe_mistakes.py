@@ -101,7 +101,7 @@ def test_a_question_without_choices_is_named_by_file_and_line(
     refused: Callable[..., str], home: Path, tmp_path: Path
 ):
     good = {"id": "a", "question": "Who?", "choices": ["x", "y"], "answer": 0, "split": "train"}
-    bad = {"id": "b", "question": "Who?", "answers": ["x"], "split": "train"}
+    bad = {"id": "b", "question": "Who?", "split": "train"}
     rows = [json.dumps(good), json.dumps(bad)]
     (tmp_path / "q.jsonl").write_text("\n".join(rows) + "\n")
     for words in (

@@ -1,14 +1,18 @@
-"""A home's trained parts, loaded once each and shared by the arms that use them."""
+"""Trained parts by name, loaded once each and shared by the arms that use them."""
 
 import json
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from rag2 import artifact
-from rag2.evaluation.arms import Arm, Reader
+from rag2.evaluation.arms import GENERATORS, Arm, Reader
 from rag2.generator.load import Generator
 from rag2.generator.prompt import Prompt
 from rag2.index.flat import Flat
@@ -17,7 +21,7 @@ from rag2.kb.lexical import BM25
 from rag2.kb.store import KnowledgeBase
 from rag2.retrieval import Dense, Gold, Lexical, Random, Retriever, gold_chunks
 from rag2.retriever.embed import embed_corpus
-from rag2.retriever.encoder import DualEncoder
+from rag2.retriever.encoder import DualEncoder, EncoderConfig
 from rag2.training.log import train_seconds
 from rag2.types import Question
 
@@ -25,26 +29,69 @@ from rag2.types import Question
 TRAINED_BY = {"warm": "retriever", "joint": "joint"}
 
 
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """Where the knowledge base lies, and each generator and trained retriever by its name."""
+
+    kb: Path
+    generators: Mapping[str, str]
+    retrievers: Mapping[str, str]
+    encoder: EncoderConfig | None = None
+    """a pretrained encoder as the warm retriever, instead of that of `retrievers`"""
+
+    @classmethod
+    def of_home(cls, home: Path) -> "Parts":
+        """The parts that the stages of a home make."""
+        return cls(
+            home / "data" / "kb.sqlite",
+            {name: str(home / name / "final" / "generator") for name in GENERATORS},
+            {n: str(home / stage / "final" / "retriever") for n, stage in TRAINED_BY.items()},
+        )
+
+
 class Systems:
-    """Readers and retrievers by name, over the knowledge base of `home`."""
+    """Readers and retrievers by name, over one knowledge base."""
 
     def __init__(
-        self, home: Path, seed: int, prompt: Prompt, questions: Sequence[Question]
+        self,
+        parts: Parts,
+        seed: int,
+        prompt: Prompt,
+        questions: Sequence[Question],
+        headers: Mapping[str, str],
+        dtype: str,
+        device: torch.device,
     ) -> None:
-        self.home, self.seed, self.prompt = home, seed, prompt
-        with KnowledgeBase(home / "data" / "kb.sqlite") as kb:
+        """`headers` are the beginnings of the questions' prompts, by question id."""
+        self.parts, self.seed, self.prompt = parts, seed, prompt
+        self.headers, self.dtype, self.device = headers, dtype, device
+        with KnowledgeBase(parts.kb) as kb:
             self.chunks = kb.chunks()
         self.by_id = {chunk.id: chunk for chunk in self.chunks}
         self.gold = gold_chunks(questions, self.chunks)
-        self._readers: dict[str, Reader] = {}
         self._retrievers: dict[str, Retriever] = {}
+        self._loading = threading.Lock()
 
-    def reader(self, name: str) -> Reader:
-        """The generator of a stage, with what it has read so far."""
-        if name not in self._readers:
-            generator = Generator.load(self._verified(name) / "generator")
-            self._readers[name] = Reader(generator, self.prompt, self.by_id)
-        return self._readers[name]
+    def lacks(self, arm: Arm) -> str | None:
+        """What the arm needs and nobody named, in words; None for an arm that can run."""
+        if arm.generator not in self.parts.generators:
+            return f"its generator: set generators={{{arm.generator}: PATH}}"
+        if arm.retriever == "gold" and not any(self.gold.values()):
+            return "evidence: no question names a gold_chunk or a document of the corpus"
+        given = arm.retriever in self.parts.retrievers or (
+            arm.retriever == "warm" and self.parts.encoder
+        )
+        if arm.retriever in TRAINED_BY and not given:
+            return f"its retriever: set retrievers={{{arm.retriever}: PATH}}"
+        return None
+
+    @contextmanager
+    def reader(self, name: str) -> Iterator[Reader]:
+        """The generator of a name; it is loaded here and let go of at the end."""
+        with self._loading:  # transformers' loading is not meant for several threads
+            path = _verified(self.parts.generators[name])
+            generator = Generator.load(path, self.dtype, self.device)
+        yield Reader(generator, self.prompt, self.by_id, headers=dict(self.headers))
 
     def retriever(self, name: str | None) -> Retriever | None:
         """The retriever of a name; None for the closed book."""
@@ -54,29 +101,27 @@ class Systems:
             self._retrievers[name] = self._make(name)
         return self._retrievers[name]
 
-    def cost(self, arm: Arm) -> tuple[float, int]:
-        """Seconds of training and number of trained weights that the arm adds to the base."""
-        stages = {arm.generator, TRAINED_BY.get(arm.retriever or "")} - {None, "base"}
-        if "joint" in stages or "sft" in stages:
-            stages.add("retriever")  # both start from the warm start
-        seconds, trained = 0.0, 0
-        for stage in sorted(filter(None, stages)):
-            seconds += train_seconds(self.home / stage)
-        for stage in {arm.generator, TRAINED_BY.get(arm.retriever or "")} - {None, "base"}:
-            manifest = json.loads(
-                (self.home / str(stage) / "final" / artifact.MANIFEST).read_text(encoding="utf-8")
-            )
-            trained += manifest["meta"]["trained_parameters"]
-        return seconds, trained
+    def cost(self, arm: Arm) -> tuple[float | None, int | None]:
+        """Seconds of training and number of trained weights that the arm adds to the base.
+
+        None where a part does not come from a run of rag2, so that nobody knows.
+        """
+        own = [self.parts.generators[arm.generator]] if arm.generator != "base" else []
+        if arm.retriever == "warm" and self.parts.encoder:
+            return None, None
+        if arm.retriever in TRAINED_BY:
+            own.append(self.parts.retrievers[str(arm.retriever)])
+        runs = {run_of(path) for path in own}
+        trained = [_trained_parameters(run) for run in runs if run]
+        if {arm.generator, arm.retriever} & {"joint", "sft"} and "warm" in self.parts.retrievers:
+            runs.add(run_of(self.parts.retrievers["warm"]))  # both start from the warm start
+        if None in runs:
+            return None, None
+        return sum(train_seconds(run) for run in sorted(filter(None, runs))), sum(trained)
 
     @cached_property
     def _bm25(self) -> BM25:
         return BM25(self.chunks)
-
-    def _verified(self, stage: str) -> Path:
-        """What a stage committed, its bytes as they were; raises UserError for any other."""
-        artifact.verify(self.home / stage / "final", kind="system")
-        return self.home / stage / "final"
 
     def _make(self, name: str) -> Retriever:
         if name == "bm25":
@@ -85,8 +130,30 @@ class Systems:
             return Random([chunk.id for chunk in self.chunks], self.seed)
         if name == "gold":
             return Gold(self.gold)
-        encoder = DualEncoder.load(self._verified(TRAINED_BY[name]) / "retriever")
+        if name == "warm" and self.parts.encoder:
+            encoder = DualEncoder.build(self.parts.encoder)
+        else:
+            encoder = DualEncoder.load(_verified(self.parts.retrievers[name]))
+        encoder = encoder.to(self.device).eval()
         embeddings_ND = embed_corpus(encoder, [chunk.passage for chunk in self.chunks])
         index = Flat().build(embeddings_ND, np.array([chunk.id for chunk in self.chunks]))
         fingerprint = encoder.fingerprint()
         return Dense(encoder, Generation.of(index, self.chunks, encoder_fingerprint=fingerprint))
+
+
+def run_of(path: str) -> Path | None:
+    """The run directory that committed a generator or retriever; None for one from elsewhere."""
+    final = Path(path).parent
+    return final.parent if (final / artifact.MANIFEST).is_file() else None
+
+
+def _verified(path: str) -> str:
+    """A part that a run committed, its bytes as they were; raises UserError for any other."""
+    if run_of(path):
+        artifact.verify(Path(path).parent, kind="system")
+    return path
+
+
+def _trained_parameters(run: Path) -> int:
+    manifest = json.loads((run / "final" / artifact.MANIFEST).read_text(encoding="utf-8"))
+    return manifest["meta"]["trained_parameters"]

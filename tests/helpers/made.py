@@ -15,7 +15,7 @@ def make_scores(rng: np.random.Generator, q: int = 40, k: int = 8, c: int = 4) -
         closed_QC=-rng.exponential(5.0, (q, c)),
         scores_QK=-np.sort(-rng.normal(0.0, 3.0, (q, k)), axis=1),
         ids_QK=np.argsort(rng.random((q, 3 * k)), axis=1)[:, :k].astype(np.int64),
-        lengths_QC=rng.integers(1, 20, (q, c)),
+        concat={n: -rng.exponential(5.0, (q, c)) for n in range(2, k + 1)},
     )
 
 
@@ -32,12 +32,12 @@ def make_questions(n: int, answer: int = 0) -> tuple[Question, ...]:
 def make_arm(name: str, correct: np.ndarray, **facts) -> ArmResult:
     """An arm that is right exactly where `correct` says."""
     logp_QC = np.where(correct[:, None], [[-1.0, -2.0, -9.0]], [[-2.0, -1.0, -9.0]])
-    lengths_QC = np.tile([1, 2, 3], (len(correct), 1))
+    questions = make_questions(len(correct))
     return ArmResult(
         name=name,
-        questions=make_questions(len(correct)),
+        questions=questions,
         logp_QC=logp_QC,
-        lengths_QC=lengths_QC,
+        labels=tuple(question.choices for question in questions),
         **facts,
     )
 

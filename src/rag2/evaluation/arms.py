@@ -4,14 +4,17 @@ Letters: Q questions, K retrieved chunks, C choices.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
+from scipy.special import softmax
 
-from rag2.evaluation.score import Scores, choice_lengths
+from rag2.evaluation import score
+from rag2.evaluation.score import Floats, Ints, Scores
+from rag2.evaluation.select import Choice
 from rag2.generator.load import Generator
 from rag2.generator.logprob import score_choices
-from rag2.generator.prompt import Prompt
+from rag2.generator.prompt import Built, Prompt
 from rag2.registry import UserError, nearest
 from rag2.retrieval import Retriever
 from rag2.types import Chunk, Question
@@ -47,6 +50,9 @@ ARMS = {
 }
 
 
+GENERATORS = tuple(dict.fromkeys(arm.generator for arm in ARMS.values()))
+
+
 def arm(name: str) -> Arm:
     """The arm of a name; raises UserError that names the nearest one."""
     if name not in ARMS:
@@ -55,10 +61,8 @@ def arm(name: str) -> Arm:
     return ARMS[name]
 
 
-def stages(arm: Arm) -> set[str]:
-    """The stages of a job that make the arm's parts."""
-    trained = {"warm": "retriever", "joint": "joint"}.get(arm.retriever or "")
-    return {"data", arm.generator, *([trained] if trained else [])}
+# A prompt: the question, and the ids of the chunks it is read with, best first; () is closed book.
+Item = tuple[Question, tuple[int, ...]]
 
 
 @dataclass
@@ -69,29 +73,56 @@ class Reader:
     prompt: Prompt
     by_id: dict[int, Chunk]
     batch_tokens: int = 8192
-    known: dict[tuple[str, int | None], list[float]] = field(default_factory=dict)
-    dropped: set[tuple[str, int | None]] = field(default_factory=set)
-    """(question, chunk) pairs whose chunk the prompt's budget had no room for"""
+    headers: dict[str, str] = field(default_factory=dict)
+    """question id -> what its prompt begins with, as `Prompt.header` makes it"""
+    known: dict[tuple[str, tuple[int, ...]], list[float]] = field(default_factory=dict)
+    dropped: dict[tuple[str, tuple[int, ...]], int] = field(default_factory=dict)
+    """prompts whose budget had no room for some of their chunks, and for how many"""
 
-    def read(self, pairs: Sequence[tuple[Question, int | None]]) -> None:
-        """Score every (question, chunk) pair that is not known yet; chunk None is closed book."""
-        tokenizer = self.generator.tokenizer
-        todo = {(q.id, chunk): (q, chunk) for q, chunk in pairs if (q.id, chunk) not in self.known}
+    def read(self, items: Sequence[Item]) -> None:
+        """Score every prompt that is not known yet."""
+        todo = {(q.id, ids): (q, ids) for q, ids in items if (q.id, ids) not in self.known}
         contexts, continuations = [], []
-        for question, chunk in todo.values():
-            passages = [] if chunk is None else [self.by_id[chunk].passage]
-            built = self.prompt.context(question.question, passages, tokenizer, question.choices)
+        for key, (question, ids) in todo.items():
+            built = self._built(question, ids)
             if built.dropped:
-                self.dropped.add((question.id, chunk))
+                self.dropped[key] = built.dropped
             contexts.append(built.text)
             continuations.append(self.prompt.continuations(question.choices))
-        scored = score_choices(
-            self.generator.model, tokenizer, contexts, continuations, self.batch_tokens
-        )
+        scored = self._score(contexts, continuations)
         for (question, _), scores in zip(todo, scored, strict=True):
             if not np.isfinite(scores).all():
                 raise UserError(f"the generator's log-likelihoods of {question!r} are not finite")
         self.known.update(zip(todo, scored, strict=True))
+
+    def unconditional(self, questions: Sequence[Question]) -> Floats:
+        """log p(choice) in nats after no context at all [Q, C], for mutual information."""
+        continuations = [self.prompt.continuations(question.choices) for question in questions]
+        scored = self._score([""] * len(questions), continuations)
+        return _table(questions, scored)
+
+    def contexts(self, questions: Sequence[Question]) -> list[str]:
+        """The prompt of each question without passages."""
+        return [self._built(question, ()).text for question in questions]
+
+    def labels(self, questions: Sequence[Question]) -> list[list[str]]:
+        """What is scored for each choice of each question."""
+        return [self.prompt.labels(question.choices) for question in questions]
+
+    def _built(self, question: Question, ids: tuple[int, ...]) -> Built:
+        return self.prompt.context(
+            question.question,
+            [self.by_id[chunk].passage for chunk in ids],
+            self.generator.tokenizer,
+            question.choices,
+            self.headers.get(question.id, ""),
+        )
+
+    def _score(
+        self, contexts: Sequence[str], continuations: Sequence[Sequence[str]]
+    ) -> list[list[float]]:
+        model, tokenizer = self.generator.model, self.generator.tokenizer
+        return score_choices(model, tokenizer, contexts, continuations, self.batch_tokens)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -115,21 +146,71 @@ def evaluate(
     found: Found,
     reader: Reader,
     tick: Callable[[int], None] = lambda amount: None,
+    concat: Sequence[int] = (),
 ) -> Scores:
-    """Every choice's log-likelihood with each of the chunks found, and without any."""
+    """Every choice's log-likelihood with each of the chunks found, and without any.
+
+    For every k > 1 in `concat` also with the best k chunks in one prompt.
+    """
+    ids_QK = found.ids_QK.tolist()
+    together = [k for k in sorted(set(concat)) if 1 < k <= found.ids_QK.shape[1]]
     for start in range(0, len(questions), AT_ONCE):
         part = slice(start, start + AT_ONCE)
-        pairs: list[tuple[Question, int | None]] = [(q, None) for q in questions[part]]
-        for question, ids in zip(questions[part], found.ids_QK[part].tolist(), strict=True):
-            pairs += [(question, chunk) for chunk in ids]
-        reader.read(pairs)
+        items: list[Item] = [(question, ()) for question in questions[part]]
+        for question, ids in zip(questions[part], ids_QK[part], strict=True):
+            items += [(question, (chunk,)) for chunk in ids]
+            items += [(question, tuple(ids[:k])) for k in together]
+        reader.read(items)
         tick(len(questions[part]))
-    lengths_QC = choice_lengths(questions)
-    closed_QC = np.full(lengths_QC.shape, -np.inf)
-    logp_QKC = np.full((*found.ids_QK.shape, lengths_QC.shape[1]), -np.inf)
-    for row, question in enumerate(questions):
-        count = len(question.choices)
-        closed_QC[row, :count] = reader.known[question.id, None]
-        for column, chunk in enumerate(found.ids_QK[row].tolist()):
-            logp_QKC[row, column, :count] = reader.known[question.id, chunk]
-    return Scores(logp_QKC, closed_QC, found.scores_QK, found.ids_QK, lengths_QC)
+
+    def table(ids_Q: Sequence[tuple[int, ...]]) -> Floats:
+        known = reader.known
+        rows = [known[q.id, ids] for q, ids in zip(questions, ids_Q, strict=True)]
+        return _table(questions, rows)
+
+    closed_QC = table([()] * len(questions))
+    alone = [table([(ids[k],) for ids in ids_QK]) for k in range(found.ids_QK.shape[1])]
+    logp_QKC = np.stack(alone, 1) if alone else np.zeros((len(questions), 0, closed_QC.shape[1]))
+    joined = {k: table([tuple(ids[:k]) for ids in ids_QK]) for k in together}
+    return Scores(logp_QKC, closed_QC, found.scores_QK, found.ids_QK, joined)
+
+
+def debiased(questions: Sequence[Question], found: Found, reader: Reader, choice: Choice) -> Ints:
+    """The pick of each question when its choices take turns at every place.
+
+    Softmax over the choices for each cyclic rotation of them, averaged by choice (Izacard et al.
+    2023, Atlas, section 4.1): what a model prefers by place alone cancels out.
+    """
+    cut = Found(found.scores_QK[:, : choice.k], found.ids_QK[:, : choice.k])
+    concat = [choice.k] if choice.reading == "concat" else []
+    widest = max(len(question.choices) for question in questions)
+    total_QC = np.zeros((len(questions), widest))
+    for turn in range(widest):
+        asked = [_rotated(question, turn) for question in questions]
+        for question, original in zip(asked, questions, strict=True):
+            reader.headers[question.id] = reader.headers.get(original.id, "")
+        scores = evaluate(asked, cut, reader, concat=concat)
+        p_QC = softmax(score.read(scores, choice.reading, choice.k, choice.temperature), axis=1)
+        for row, question in enumerate(questions):
+            count = len(question.choices)
+            if turn < count:
+                total_QC[row, :count] += np.roll(p_QC[row, :count], turn) / count
+    return score.predict(np.where(total_QC > 0, total_QC, -np.inf))
+
+
+def _rotated(question: Question, turn: int) -> Question:
+    """The question with its choices moved `turn` places to the front, cyclically."""
+    turn %= len(question.choices)
+    if not turn:
+        return question
+    choices = (*question.choices[turn:], *question.choices[:turn])
+    answer = (question.answer - turn) % len(choices)
+    return replace(question, id=f"{question.id} (rotated {turn})", choices=choices, answer=answer)
+
+
+def _table(questions: Sequence[Question], rows: Sequence[Sequence[float]]) -> Floats:
+    """Rows of unequal length as [Q, C], -inf where a question has fewer choices."""
+    table_QC = np.full((len(questions), max(len(q.choices) for q in questions)), -np.inf)
+    for row, values in zip(table_QC, rows, strict=True):
+        row[: len(values)] = values
+    return table_QC

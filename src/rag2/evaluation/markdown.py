@@ -9,6 +9,7 @@ COLUMNS = (
     "arm",
     "retriever",
     "generator",
+    "reading",
     "accuracy",
     "95 % interval",
     "K",
@@ -33,6 +34,8 @@ def markdown(results: Results) -> str:
         + (", ".join(name for name in CONTROLS if name in results["arms"]) or "none")
         + ". The column control is the accuracy on questions the base answers without passages.",
         *_dropped_section(results),
+        *_metrics_section(results),
+        *_reading_section(results),
         *_group_sections(results),
         *_seed_section(results),
         *_paired_section(results),
@@ -48,15 +51,16 @@ def cells(name: str, arm: Results) -> list[str]:
         name,
         arm["retriever"] or "-",
         arm["generator"],
+        arm["reading"],
         percent(arm["accuracy"]),
         interval(arm["ci95"]),
         "-" if arm["k"] is None else str(arm["k"]),
         percent(arm["recall_at_1"]),
         percent(arm["recall_at_k"]),
         percent(arm["control_accuracy"]),
-        f"{arm['train_seconds']:.1f}",
+        "-" if arm["train_seconds"] is None else f"{arm['train_seconds']:.1f}",
         f"{arm['eval_seconds']:.1f}",
-        f"{arm['trained_parameters']:,}",
+        "-" if arm["trained_parameters"] is None else f"{arm['trained_parameters']:,}",
     ]
 
 
@@ -65,6 +69,64 @@ def _dropped_section(results: Results) -> Iterator[str]:
     found = ", ".join(f"{name} {count}" for name, count in dropped.items() if count)
     if found:
         yield f"Retrieved chunks that the prompt's budget had no room for, not read: {found}."
+
+
+def _metrics_section(results: Results) -> Iterator[str]:
+    columns = {
+        "acc_norm": "per character",
+        "acc_bytes": "per byte",
+        "acc_mutual_info": "mutual information",
+        "debiased_accuracy": "places taken in turns",
+    }
+    arms = results["arms"]
+    shown = [key for key in columns if any(arm[key] is not None for arm in arms.values())]
+    yield "## Other measures"
+    yield _table(
+        ("arm", "relative gain", *shown),
+        (
+            [name, _gain(arm["relative_gain"]), *(percent(arm[key]) for key in shown)]
+            for name, arm in arms.items()
+        ),
+    )
+    yield (
+        "Relative gain is accuracy / base accuracy - 1. The choice with the highest log-likelihood "
+        + "; ".join(f"{columns[key]}: {key}" for key in shown)
+        + "."
+    )
+
+
+def _gain(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:+.1f} %"
+
+
+def _reading_section(results: Results) -> Iterator[str]:
+    rows = [
+        (name, reading, found)
+        for name, arm in results["arms"].items()
+        if len(arm["readings"]) > 1
+        for reading, found in arm["readings"].items()
+    ]
+    if rows:
+        yield "## Readings"
+        yield _table(
+            ("arm", "reading", "K", "accuracy", "95 % interval", "control", "two-hop"),
+            (
+                [
+                    name,
+                    reading,
+                    str(found["k"]),
+                    percent(found["accuracy"]),
+                    interval(found["ci95"]),
+                    percent(found["control_accuracy"]),
+                    percent(found["two_hop_accuracy"]),
+                ]
+                for name, reading, found in rows
+            ),
+        )
+        yield (
+            "Each chunk alone and mixed (marginal), or the best K in one prompt (concat); K chosen "
+            "on validation for each."
+        )
 
 
 def _group_sections(results: Results) -> Iterator[str]:
@@ -130,6 +192,11 @@ def _paired_section(results: Results) -> Iterator[str]:
         "Differences in points of accuracy on the same questions; paired bootstrap interval; "
         "exact two-sided McNemar test; Holm over the rows of this table."
     )
+    equal = [
+        f"{row['a']} and {row['b']} ({row['equal']})" for row in results["paired"] if row["equal"]
+    ]
+    if equal:
+        yield "Alike but for the method: " + "; ".join(equal) + "."
     labels = [
         (key, label) for key, found in results["paired"][0]["groups"].items() for label in found
     ]
@@ -146,12 +213,12 @@ def _paired_section(results: Results) -> Iterator[str]:
                 for row in results["paired"]
             ),
         )
-        yield "a - b with its interval and the unadjusted p of the questions in each group."
+        yield "a - b with its interval and p (Holm over the groups of a key) in each group."
 
 
 def _contrast(test: Results) -> str:
     where = interval(test["ci95"], points)
-    return f"{points(test['difference'])} {where}, p = {test['mcnemar_p']:.2g}"
+    return f"{points(test['difference'])} {where}, p = {test['holm_p']:.2g}"
 
 
 def _grid_section(results: Results) -> Iterator[str]:
@@ -179,10 +246,14 @@ def _selection_section(results: Results) -> Iterator[str]:
         return
     yield "## Choice of K"
     yield _table(
-        ("arm", "K chosen", "temperature", f"{selection['split']} accuracy", "test accuracy"),
+        (
+            *("arm", "reading", "K chosen", "temperature"),
+            *(f"{selection['split']} accuracy", "test accuracy"),
+        ),
         (
             [
                 name,
+                selection["reading"][name],
                 str(k),
                 f"{selection['temperature'][name]:g}",
                 percent(selection["accuracy"][name]),

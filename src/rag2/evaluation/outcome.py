@@ -1,8 +1,8 @@
 """Scores and the K chosen -> what an arm answered to every test question, and at what cost."""
 
 import itertools
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -18,37 +18,47 @@ class ArmResult:
     """One arm's answers to the test questions, with what it took to get them.
 
     `retriever` (warm, bm25, joint, ...; None for closed book), `generator` (base, ft, sft, joint)
-    and `reading` (closed, marginal, ...) say what the arm is made of; `logp_QC` holds the final
-    log-likelihoods in nats and `lengths_QC` the choices' characters; `k` and `temperature` are
-    what it was tested with (None after pooling seeds that differ); `recall_at_k` is at that k.
+    and `reading` (closed, marginal, concat) say what the arm is made of; `logp_QC` holds the final
+    log-likelihoods in nats of the choices' `labels` (their letters, or their texts); `contexts` are
+    the prompts without passages; `k` and `temperature` are what it was tested with (None after
+    pooling seeds that differ); `recall_at_k` is at that k. `unconditional_QC` is log p(choice)
+    without any context, `debiased_Q` which questions are right when the choices take turns at every
+    place; None where not asked for.
     `dropped_chunks` counts those the prompt had no room for, which were then not read.
-    `choice` (validation) and `oracle` (test, hindsight) are None for arms that chose nothing.
+    `choice` (validation) and `oracle` (test, hindsight) are None for arms that chose nothing;
+    `by_k` has every K and reading with what validation would choose for it; `readings` the best of
+    each reading with its accuracies on other question sets.
     """
 
     name: str
     questions: tuple[Question, ...]
     logp_QC: Floats
-    lengths_QC: Ints
+    labels: tuple[tuple[str, ...], ...]
+    contexts: tuple[str, ...] = ()
     generator: str = "base"
     retriever: str | None = None
     reading: str = "closed"
     k: int | None = 0
     temperature: float | None = 1.0
     retrieved: tuple[tuple[Retrieved, ...], ...] = ()
+    unconditional_QC: Floats | None = None
+    debiased_Q: Bools | None = None
     choice: Choice | None = None
     oracle: Oracle | None = None
+    by_k: tuple["AtK", ...] = ()
+    readings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     recall_at_1: float | None = None
     recall_at_k: float | None = None
     control_accuracy: float | None = None
     two_hop_accuracy: float | None = None
-    train_seconds: float = 0.0
+    train_seconds: float | None = 0.0
     eval_seconds: float = 0.0
-    trained_parameters: int = 0
+    trained_parameters: int | None = 0
     dropped_chunks: int = 0
 
     def __post_init__(self) -> None:
         assert len(self.questions) == len(self.logp_QC) > 0, (self.name, self.logp_QC.shape)
-        assert self.logp_QC.shape == self.lengths_QC.shape, (self.name, self.lengths_QC.shape)
+        assert len(self.labels) == len(self.questions), (self.name, len(self.labels))
         assert len(self.retrieved) in (0, len(self.questions)), (self.name, len(self.retrieved))
 
     @classmethod
@@ -58,19 +68,22 @@ class ArmResult:
         questions: Sequence[Question],
         scores: Scores,
         choice: Choice | None = None,
+        labels: Sequence[Sequence[str]] | None = None,
         **facts: Any,
     ) -> "ArmResult":
         """The result of reading `scores` as `choice` says; without a choice, closed book."""
-        k, temperature = (choice.k, choice.temperature) if choice else (0, 1.0)
-        logp_QC = score.marginal(scores, k, temperature)
+        chosen = choice or Choice(0, 1.0, 0.0)
+        settings = chosen.reading, chosen.k, chosen.temperature
+        logp_QC = score.read(scores, *settings)
         return cls(
             name=name,
             questions=tuple(questions),
             logp_QC=logp_QC,
-            lengths_QC=scores.lengths_QC,
-            k=k,
-            temperature=temperature,
-            retrieved=score.retrieved(scores, k, temperature, score.predict(logp_QC)),
+            labels=tuple(map(tuple, labels or [question.choices for question in questions])),
+            reading=chosen.reading if choice else "closed",
+            k=chosen.k,
+            temperature=chosen.temperature,
+            retrieved=score.retrieved(scores, *settings, score.predict(logp_QC)),
             choice=choice,
             **facts,
         )
@@ -88,13 +101,36 @@ class ArmResult:
     @property
     def correct_norm(self) -> Bools:
         """Whether the pick by log-likelihood per character is right [Q]."""
-        picks_Q = score.predict_norm(self.logp_QC, self.lengths_QC)
+        return self._right_by(score.predict_norm(self.logp_QC, score.lengths(self.labels)))
+
+    @property
+    def correct_bytes(self) -> Bools:
+        """Whether the pick by log-likelihood per UTF-8 byte is right [Q]."""
+        lengths_QC = score.lengths(self.labels, bytewise=True)
+        return self._right_by(score.predict_norm(self.logp_QC, lengths_QC))
+
+    @property
+    def correct_mutual(self) -> Bools | None:
+        """Whether the pick by mutual information with the context is right [Q]."""
+        if self.unconditional_QC is None:
+            return None
+        return self._right_by(score.predict_mutual(self.logp_QC, self.unconditional_QC))
+
+    def _right_by(self, picks_Q: Ints) -> Bools:
         return picks_Q == score.answers(self.questions)
 
     @property
     def accuracy(self) -> float:
         """Share of questions answered right."""
         return float(np.mean(self.correct))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AtK:
+    """What an arm would have been with another K or reading: the choice, and who is right [Q]."""
+
+    choice: Choice
+    correct_Q: Bools
 
 
 def pool(runs: Sequence[ArmResult]) -> ArmResult:
@@ -105,26 +141,38 @@ def pool(runs: Sequence[ArmResult]) -> ArmResult:
     def joined(arrays: Iterable[np.ndarray], missing: float) -> np.ndarray:
         return np.concatenate(
             [
-                np.pad(array, ((0, 0), (0, widest - array.shape[1])), constant_values=missing)
+                array
+                if array.ndim == 1
+                else np.pad(array, ((0, 0), (0, widest - array.shape[1])), constant_values=missing)
                 for array in arrays
             ]
         )
 
-    def mean(field: str) -> float | None:
-        values = [getattr(run, field) for run in runs]
+    def mean(key: str) -> float | None:
+        values = [getattr(run, key) for run in runs]
         return None if None in values else float(np.mean(values))
 
-    def same(field: str) -> Any:
-        values = {getattr(run, field) for run in runs}
+    def same(key: str) -> Any:
+        values = {getattr(run, key) for run in runs}
         return values.pop() if len(values) == 1 else None
+
+    def all_or_none(key: str, missing: float) -> np.ndarray | None:
+        arrays = [getattr(run, key) for run in runs]
+        return None if any(array is None for array in arrays) else joined(arrays, missing)
 
     means = ("recall_at_1", "recall_at_k", "control_accuracy", "two_hop_accuracy")
     return replace(
         runs[0],
         questions=tuple(itertools.chain.from_iterable(run.questions for run in runs)),
         logp_QC=joined((run.logp_QC for run in runs), -np.inf),
-        lengths_QC=joined((run.lengths_QC for run in runs), 0),
+        labels=tuple(itertools.chain.from_iterable(run.labels for run in runs)),
+        contexts=tuple(itertools.chain.from_iterable(run.contexts for run in runs)),
+        unconditional_QC=all_or_none("unconditional_QC", -np.inf),
+        debiased_Q=all_or_none("debiased_Q", 0),
+        by_k=(),  # what validation chooses at a K differs from seed to seed
+        readings={},
         retrieved=tuple(itertools.chain.from_iterable(run.retrieved for run in runs)),
-        **{field: same(field) for field in ("k", "temperature", "choice", "oracle")},
-        **{field: mean(field) for field in (*means, "train_seconds", "eval_seconds")},
+        reading=same("reading") or "mixed",
+        **{key: same(key) for key in ("k", "temperature", "choice", "oracle")},
+        **{key: mean(key) for key in (*means, "train_seconds", "eval_seconds")},
     )

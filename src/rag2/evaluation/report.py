@@ -31,14 +31,12 @@ def write(
     directory: str | Path,
     results: Results,
     arms: Sequence[ArmResult] = (),
-    contexts: Sequence[str] | None = None,
-    continuations: Sequence[Sequence[str]] | None = None,
 ) -> Path:
     """Write samples_<arm>.jsonl, report.md and, last, results.json; returns the path of that."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     for arm in arms:
-        write_samples(directory, arm, contexts, continuations)
+        write_samples(directory, arm)
     artifact.replace(directory / "report.md", markdown(results))
     path = directory / "results.json"
     artifact.replace(

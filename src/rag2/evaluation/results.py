@@ -23,6 +23,11 @@ CONTRASTS = (
     ("sft_rag", "frozen_rag"),
     ("sft_rag", "sft"),
 )
+# What the two arms of a contrast were given alike, so that the method alone can differ.
+EQUAL = {
+    ("joint", "sft_rag"): "equal supervision: the same questions and answers, steps and chunks",
+    ("frozen_rag", "ft"): "equal supervision: the documents and no question",
+}
 
 
 def summarize(
@@ -31,7 +36,7 @@ def summarize(
     *,
     seed: int,
     environment: Mapping[str, Any],
-    groups: Sequence[str] = ("wording",),
+    groups: Sequence[str] = ("wording", "subject"),
     by_seed: Mapping[int, Sequence[ArmResult]] | None = None,
 ) -> dict[str, Any]:
     """The content of results.json for arms that answered the same questions in the same order.
@@ -50,8 +55,9 @@ def summarize(
         "n": len(asked),
         "seed": seed,
         "interval": "wilson",
-        "arms": {name: _arm(arm, groups) for name, arm in named.items()},
+        "arms": {name: _arm(arm, groups, named.get("base")) for name, arm in named.items()},
         "paired": _paired(named, groups, seed),
+        "pairwise": _pairwise(named),
         "k_selection": _k_selection(arms),
         "environment": dict(environment),
     }
@@ -81,13 +87,17 @@ def contrasts(names: Iterable[str]) -> list[tuple[str, str]]:
     return first + [pair for pair in CONTRASTS if pair[0] in arms and pair[1] in arms]
 
 
-def _arm(arm: ArmResult, groups: Sequence[str]) -> dict[str, Any]:
+def _arm(arm: ArmResult, groups: Sequence[str], base: ArmResult | None) -> dict[str, Any]:
     right, n = int(arm.correct.sum()), len(arm.questions)
     return {
         "accuracy": arm.accuracy,
         "stderr": stats.stderr(right, n),
         "ci95": stats.wilson(right, n),
+        "relative_gain": arm.accuracy / base.accuracy - 1 if base and base.accuracy else None,
         "acc_norm": float(np.mean(arm.correct_norm)),
+        "acc_bytes": float(np.mean(arm.correct_bytes)),
+        "acc_mutual_info": _share(arm.correct_mutual),
+        "debiased_accuracy": _share(arm.debiased_Q),
         "retriever": arm.retriever,
         "generator": arm.generator,
         "reading": arm.reading,
@@ -97,6 +107,8 @@ def _arm(arm: ArmResult, groups: Sequence[str]) -> dict[str, Any]:
         "recall_at_k": arm.recall_at_k,
         "control_accuracy": arm.control_accuracy,
         "two_hop_accuracy": arm.two_hop_accuracy,
+        "readings": {name: _reading(found, n) for name, found in arm.readings.items()},
+        "by_k": _by_k(arm),
         "groups": {key: found for key in groups if (found := _group(arm, key))},
         "train_seconds": arm.train_seconds,
         "eval_seconds": arm.eval_seconds,
@@ -105,11 +117,53 @@ def _arm(arm: ArmResult, groups: Sequence[str]) -> dict[str, Any]:
     }
 
 
+def _share(right_Q: Bools | None) -> float | None:
+    return None if right_Q is None else float(np.mean(right_Q))
+
+
+def _reading(found: Mapping[str, Any], n: int) -> dict[str, Any]:
+    right = found["right"]
+    rest = {key: value for key, value in found.items() if key != "right"}
+    return {"accuracy": right / n, "ci95": stats.wilson(right, n)} | rest
+
+
+def _by_k(arm: ArmResult) -> dict[str, list[dict[str, Any]]]:
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for at in arm.by_k:
+        right, n = int(at.correct_Q.sum()), len(at.correct_Q)
+        rows.setdefault(at.choice.reading, []).append(
+            {
+                "k": at.choice.k,
+                "temperature": at.choice.temperature,
+                "accuracy": right / n,
+                "ci95": stats.wilson(right, n),
+                "validation_accuracy": at.choice.validation_accuracy,
+            }
+        )
+    return rows
+
+
+def _pairwise(arms: Mapping[str, ArmResult]) -> dict[str, Any]:
+    """Every arm against every other: differences, and exact p adjusted for all these pairs."""
+    names = list(arms)
+    pairs = list(itertools.combinations(range(len(names)), 2))
+    right = [arms[name].correct for name in names]
+    p_values = [stats.mcnemar_of(right[i], right[j]) for i, j in pairs]
+    difference: list[list[float | None]] = [[None] * len(names) for _ in names]
+    adjusted: list[list[float | None]] = [[None] * len(names) for _ in names]
+    for (i, j), p in zip(pairs, stats.holm(p_values), strict=True):
+        gap = float(np.mean(right[i])) - float(np.mean(right[j]))
+        difference[i][j], difference[j][i] = gap, -gap
+        adjusted[i][j] = adjusted[j][i] = p
+    return {"arms": names, "difference": difference, "holm_p": adjusted}
+
+
 def _group(arm: ArmResult, key: str) -> dict[str, dict[str, Any]]:
-    return {
-        label: {"accuracy": float(np.mean(arm.correct[where_Q])), "n": int(where_Q.sum())}
-        for label, where_Q in _labels(arm, key).items()
-    }
+    found = {}
+    for label, where_Q in _labels(arm, key).items():
+        right, n = int(arm.correct[where_Q].sum()), int(where_Q.sum())
+        found[label] = {"accuracy": right / n, "n": n, "ci95": stats.wilson(right, n)}
+    return found
 
 
 def _labels(arm: ArmResult, key: str) -> dict[str, Bools]:
@@ -134,6 +188,7 @@ def _paired(
             "holm_p": p,
             "a_only": test.a_only,
             "b_only": test.b_only,
+            "equal": EQUAL.get((a, b)),
             "groups": _paired_groups(arms[a], arms[b], groups, seed),
         }
         for (a, b), test, p in zip(pairs, tests, adjusted, strict=True)
@@ -143,13 +198,18 @@ def _paired(
 def _paired_groups(
     a: ArmResult, b: ArmResult, groups: Sequence[str], seed: int
 ) -> dict[str, dict[str, dict[str, Any]]]:
-    """The same test within each group, its p as it is: a look inside a contrast, no new claim."""
+    """The same test within each group (subject, wording), its p adjusted for all groups of a key.
+
+    A look inside a contrast, no new claim about the whole.
+    """
     found: dict[str, dict[str, dict[str, Any]]] = {}
     for key in groups:
-        for label, where_Q in _labels(a, key).items():
-            test = stats.paired(a.correct[where_Q], b.correct[where_Q], seed=seed)
+        labels = _labels(a, key)
+        tests = [stats.paired(a.correct[q], b.correct[q], seed=seed) for q in labels.values()]
+        adjusted = stats.holm([test.mcnemar_p for test in tests])
+        for label, test, p in zip(labels, tests, adjusted, strict=True):
             row = {"difference": test.difference, "ci95": test.ci95, "mcnemar_p": test.mcnemar_p}
-            found.setdefault(key, {})[label] = row
+            found.setdefault(key, {})[label] = row | {"holm_p": p}
     return found
 
 
@@ -159,6 +219,7 @@ def _k_selection(arms: Sequence[ArmResult]) -> dict[str, Any]:
     return {
         "split": "validation",
         "chosen": {name: choice.k for name, choice in chosen.items()},
+        "reading": {name: choice.reading for name, choice in chosen.items()},
         "temperature": {name: choice.temperature for name, choice in chosen.items()},
         "accuracy": {name: choice.validation_accuracy for name, choice in chosen.items()},
         "oracle_test": {name: best.k for name, best in oracle.items()},

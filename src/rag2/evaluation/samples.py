@@ -16,29 +16,24 @@ from rag2.evaluation.questions import to_row
 from rag2.types import Retrieved
 
 
-def write_samples(
-    directory: Path,
-    arm: ArmResult,
-    contexts: Sequence[str] | None = None,
-    continuations: Sequence[Sequence[str]] | None = None,
-) -> Path:
-    """Write samples_<arm>.jsonl, one question a line in the order asked, and return its path.
-
-    `contexts` are the prompts without passages and `continuations` the scored strings, delimiter
-    included (" A" where choices are letters); by default the question and " " + each choice.
-    """
-    contexts = contexts or [question.question for question in arm.questions]
-    continuations = continuations or [
-        [f" {choice}" for choice in question.choices] for question in arm.questions
-    ]
+def write_samples(directory: Path, arm: ArmResult) -> Path:
+    """Write samples_<arm>.jsonl, one question a line in the order asked, and return its path."""
     path = directory / f"samples_{arm.name}.jsonl"
+    right = {
+        "acc": arm.correct,
+        "acc_norm": arm.correct_norm,
+        "acc_bytes": arm.correct_bytes,
+        "acc_mutual_info": arm.correct_mutual,
+        "debiased_accuracy": arm.debiased_Q,
+    }
+    metrics = {name: right_Q for name, right_Q in right.items() if right_Q is not None}
+    picks_Q = arm.predictions
+    retrieved = arm.retrieved or [()] * len(arm.questions)
     with path.open("w", encoding="utf-8", newline="\n") as file:
-        picks_Q, correct_Q, correct_norm_Q = arm.predictions, arm.correct, arm.correct_norm
-        retrieved = arm.retrieved or [()] * len(arm.questions)
-        for row, (context, scored) in enumerate(zip(contexts, continuations, strict=True)):
-            sample = _sample(arm, row, context, scored) | {
-                "acc": float(correct_Q[row]),
-                "acc_norm": float(correct_norm_Q[row]),
+        for row in range(len(arm.questions)):
+            sample = _sample(arm, row, list(metrics))
+            sample |= {name: float(right_Q[row]) for name, right_Q in metrics.items()}
+            sample |= {
                 "prediction": int(picks_Q[row]),
                 "retrieved": [_passage(item) for item in retrieved[row]],
             }
@@ -46,25 +41,26 @@ def write_samples(
     return path
 
 
-def _sample(arm: ArmResult, row: int, context: str, scored: Sequence[str]) -> dict[str, Any]:
-    question = arm.questions[row]
-    assert len(scored) == len(question.choices), (question.id, len(scored))
+def _sample(arm: ArmResult, row: int, metrics: Sequence[str]) -> dict[str, Any]:
+    question, labels = arm.questions[row], arm.labels[row]
+    context = arm.contexts[row] if arm.contexts else question.question
+    assert len(labels) == len(question.choices), (question.id, len(labels))
     doc = to_row(question)
     # Floats as repr strings round-trip exactly. A mixture has no greedy continuation, hence False.
-    answers = [[repr(float(logp)), "False"] for logp in arm.logp_QC[row, : len(scored)]]
+    answers = [[repr(float(logp)), "False"] for logp in arm.logp_QC[row, : len(labels)]]
     target = str(question.answer)
     return {
         "doc_id": row,
         "doc": doc,
         "target": target,
         "arguments": {
-            f"gen_args_{index}": {"arg_0": context, "arg_1": continuation}
-            for index, continuation in enumerate(scored)
+            f"gen_args_{index}": {"arg_0": context, "arg_1": f" {label}"}
+            for index, label in enumerate(labels)
         },
         "resps": [[answer] for answer in answers],
         "filtered_resps": answers,
         "filter": "none",
-        "metrics": ["acc", "acc_norm"],
+        "metrics": list(metrics),
         "doc_hash": _sha256(json.dumps(doc, indent=2, ensure_ascii=False)),
         "prompt_hash": _sha256(context),
         "target_hash": _sha256(target),

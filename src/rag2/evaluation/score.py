@@ -5,8 +5,9 @@ choices has log-probability -inf and length 0 in the columns it lacks.
 """
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 from einops import rearrange
@@ -18,31 +19,34 @@ from rag2.types import Question, Retrieved
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
+Reading = Literal["marginal", "concat"]
+READINGS: tuple[Reading, ...] = ("marginal", "concat")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Scores:
     """What one arm's models say about a set of questions, before K and temperature are chosen.
 
-    `logp_QKC` is log p(choice | question, chunk k) and `closed_QC` log p(choice | question), both
-    in nats summed over the tokens of the choice; `scores_QK` are retrieval scores in retrieval
+    `logp_QKC` is log p(choice | question, chunk k), `concat[k]` is log p(choice | question, the
+    best k chunks in one prompt) [Q, C] for some k > 1, and `closed_QC` log p(choice | question),
+    all in nats summed over the tokens of the choice; `scores_QK` are retrieval scores in retrieval
     order (re-scored or fused lists need not fall), -inf where fewer than K chunks were found;
-    `ids_QK` are chunk ids; `lengths_QC` are the choices' lengths in characters.
+    `ids_QK` are chunk ids.
     """
 
     logp_QKC: Floats
     closed_QC: Floats
     scores_QK: Floats
     ids_QK: Ints
-    lengths_QC: Ints
+    concat: Mapping[int, Floats] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         questions, retrieved, choices = self.logp_QKC.shape
-        for array in (self.closed_QC, self.lengths_QC):
+        for array in (self.closed_QC, *self.concat.values()):
             assert array.shape == (questions, choices), (array.shape, self.logp_QKC.shape)
         for array in (self.scores_QK, self.ids_QK):
             assert array.shape == (questions, retrieved), (array.shape, self.logp_QKC.shape)
-        for array in (self.logp_QKC, self.closed_QC, self.scores_QK):
+        for array in (self.logp_QKC, self.closed_QC, self.scores_QK, *self.concat.values()):
             assert array.dtype == np.float64, array.dtype
             assert not np.isnan(array).any() and not np.isposinf(array).any()
         if retrieved:
@@ -54,7 +58,7 @@ class Scores:
         return self.logp_QKC.shape[1]
 
     @classmethod
-    def closed_book(cls, closed_QC: Floats, lengths_QC: Ints) -> "Scores":
+    def closed_book(cls, closed_QC: Floats) -> "Scores":
         """The scores of an arm that retrieves nothing."""
         questions, choices = closed_QC.shape
         return cls(
@@ -62,8 +66,19 @@ class Scores:
             closed_QC=closed_QC,
             scores_QK=np.zeros((questions, 0)),
             ids_QK=np.zeros((questions, 0), dtype=np.int64),
-            lengths_QC=lengths_QC,
         )
+
+
+def read(scores: Scores, reading: Reading, k: int, temperature: float = 1.0) -> Floats:
+    """log p(choice | question) in nats [Q, C] from the best `k` chunks.
+
+    `marginal` reads each chunk alone and mixes (see there); `concat` reads them in one prompt, as
+    most frozen RAG does. With one chunk, or none, the two are the same.
+    """
+    assert reading in READINGS, reading
+    if reading == "marginal" or k < 2:
+        return marginal(scores, k, temperature)
+    return scores.concat[k]
 
 
 def marginal(scores: Scores, k: int, temperature: float = 1.0) -> Floats:
@@ -92,20 +107,22 @@ def posterior(scores: Scores, k: int, temperature: float, choice_Q: Ints) -> Flo
 
 
 def retrieved(
-    scores: Scores, k: int, temperature: float, choice_Q: Ints
+    scores: Scores, reading: Reading, k: int, temperature: float, choice_Q: Ints
 ) -> tuple[tuple[Retrieved, ...], ...]:
-    """The chunks each question was answered from, with the posterior of the choice given."""
-    posterior_QK = posterior(scores, k, temperature, choice_Q)
-    return tuple(
-        tuple(
-            Retrieved(int(chunk), float(score), float(share))
-            for chunk, score, share in zip(ids, values, shares, strict=True)
-            if np.isfinite(score)
-        )
-        for ids, values, shares in zip(
-            scores.ids_QK[:, :k], scores.scores_QK[:, :k], posterior_QK, strict=True
-        )
-    )
+    """The chunks each question was answered from, with the posterior of the choice given.
+
+    Chunks that were read in one prompt have no posterior: nothing tells them apart.
+    """
+    apart = reading == "marginal" or k < 2
+    posterior_QK = posterior(scores, k, temperature, choice_Q) if apart else None
+    rows = []
+    for row, (ids, values) in enumerate(
+        zip(scores.ids_QK[:, :k].tolist(), scores.scores_QK[:, :k].tolist(), strict=True)
+    ):
+        shares = [None] * len(ids) if posterior_QK is None else posterior_QK[row].tolist()
+        found = zip(ids, values, shares, strict=True)
+        rows.append(tuple(Retrieved(*item) for item in found if np.isfinite(item[1])))
+    return tuple(rows)
 
 
 def predict(logp_QC: Floats) -> Ints:
@@ -114,8 +131,17 @@ def predict(logp_QC: Floats) -> Ints:
 
 
 def predict_norm(logp_QC: Floats, lengths_QC: Ints) -> Ints:
-    """The choice with the highest log-likelihood per character (lm-eval's `acc_norm`)."""
+    """The choice with the highest log-likelihood per unit of length.
+
+    Characters give lm-evaluation-harness's `acc_norm`, bytes its `acc_bytes`.
+    """
     return predict(logp_QC / np.maximum(lengths_QC, 1))  # absent choices: -inf / 1
+
+
+def predict_mutual(logp_QC: Floats, unconditional_QC: Floats) -> Ints:
+    """The choice that the context raises most: argmax log p(c|x) - log p(c), `acc_mutual_info`."""
+    absent_QC = np.isneginf(logp_QC)
+    return predict(logp_QC - np.where(absent_QC, 0.0, unconditional_QC))
 
 
 def answers(questions: Sequence[Question]) -> Ints:
@@ -123,12 +149,14 @@ def answers(questions: Sequence[Question]) -> Ints:
     return np.array([question.answer for question in questions], dtype=np.int64)
 
 
-def choice_lengths(questions: Sequence[Question]) -> Ints:
-    """Characters of each choice [Q, C], without the delimiter before it; 0 where there is none."""
-    widest = max(len(question.choices) for question in questions)
-    lengths_QC = np.zeros((len(questions), widest), dtype=np.int64)
-    for row, question in zip(lengths_QC, questions, strict=True):
-        row[: len(question.choices)] = [len(choice) for choice in question.choices]
+def lengths(labels: Sequence[Sequence[str]], bytewise: bool = False) -> Ints:
+    """Characters (or UTF-8 bytes) of what is scored for each choice [Q, C], without the delimiter.
+
+    0 where a question has fewer choices.
+    """
+    lengths_QC = np.zeros((len(labels), max(map(len, labels))), dtype=np.int64)
+    for row, texts in zip(lengths_QC, labels, strict=True):
+        row[: len(texts)] = [len(text.encode("utf-8") if bytewise else text) for text in texts]
     return lengths_QC
 
 
@@ -153,12 +181,12 @@ def constant(questions: Sequence[Question], position: int) -> Scores:
 
     With unbalanced gold positions a constant answer beats 1/C (MMLU anatomy: .333 with C).
     """
-    lengths_QC = choice_lengths(questions)
-    count, widest = lengths_QC.shape
-    closed_QC = np.full((count, widest), -np.inf)
-    if position < widest:
-        closed_QC[lengths_QC[:, position] > 0, position] = 0.0
-    return Scores.closed_book(closed_QC, lengths_QC)
+    widest = max(len(question.choices) for question in questions)
+    closed_QC = np.full((len(questions), widest), -np.inf)
+    for row, question in zip(closed_QC, questions, strict=True):
+        if position < len(question.choices):
+            row[position] = 0.0
+    return Scores.closed_book(closed_QC)
 
 
 def _log_prior(scores: Scores, k: int, temperature: float) -> Floats:

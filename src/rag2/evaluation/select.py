@@ -1,16 +1,16 @@
-"""Scores on validation questions -> the K and the temperature that an arm is tested with.
+"""Scores on validation questions -> the reading, K and temperature that an arm is tested with.
 
 Every retrieval arm goes through `choose`, so none gets a knob that another lacks. Published tables
 that picked K on the test questions owe 2.5 of 6.1 points to that (Ovadia et al. 2024, Tables 1, 3).
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from rag2.evaluation.score import Ints, Scores, marginal, predict
+from rag2.evaluation.score import Ints, Reading, Scores, predict, read
 
 KS = (0, 1, 2, 3, 4, 5, 8)
 TEMPERATURES = tuple(2.0**power for power in range(-5, 6))
@@ -18,11 +18,15 @@ TEMPERATURES = tuple(2.0**power for power in range(-5, 6))
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """K and temperature chosen on validation questions, with the accuracy reached there."""
+    """Reading, K and temperature chosen on validation questions, with the accuracy reached there.
+
+    `temperature` is that of p(chunk | question), 1 where there is nothing to mix.
+    """
 
     k: int
     temperature: float
     validation_accuracy: float
+    reading: Reading = "marginal"
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,52 +36,62 @@ class Oracle:
     k: int
     temperature: float
     test_accuracy: float
+    reading: Reading = "marginal"
 
 
 def choose(
     validation: Scores,
     answers_Q: Ints,
     ks: Sequence[int] = KS,
+    readings: Sequence[Reading] = ("marginal",),
     temperatures: Sequence[float] = TEMPERATURES,
 ) -> Choice:
-    """The (K, temperature) with most right answers on validation; ties: smaller K, T nearest 1."""
-    return Choice(*_best(validation, answers_Q, ks, temperatures))
+    """The best of `by_k` on validation; ties: the smaller K, the first reading."""
+    return max(by_k(validation, answers_Q, ks, readings, temperatures), key=_preference)
+
+
+def by_k(
+    validation: Scores,
+    answers_Q: Ints,
+    ks: Sequence[int] = KS,
+    readings: Sequence[Reading] = ("marginal",),
+    temperatures: Sequence[float] = TEMPERATURES,
+) -> list[Choice]:
+    """For each K and reading the temperature with most right answers; ties: that nearest 1.
+
+    K = 0 and K = 1 are listed under every reading, which there are all the same.
+    """
+    usable = sorted({k for k in ks if k <= validation.retrieved})
+    assert usable and readings and temperatures, (ks, validation.retrieved, readings)
+    return [
+        _best_temperature(validation, answers_Q, reading, k, temperatures)
+        for k in usable
+        for reading in readings
+    ]
 
 
 def oracle_on_test(
     test: Scores,
     answers_Q: Ints,
     ks: Sequence[int] = KS,
+    readings: Sequence[Reading] = ("marginal",),
     temperatures: Sequence[float] = TEMPERATURES,
 ) -> Oracle:
     """What `choose` would pick if it were shown the test answers; printed, never used."""
-    return Oracle(*_best(test, answers_Q, ks, temperatures))
+    best = choose(test, answers_Q, ks, readings, temperatures)
+    return Oracle(best.k, best.temperature, best.validation_accuracy, best.reading)
 
 
-def _best(
-    scores: Scores, answers_Q: Ints, ks: Sequence[int], temperatures: Sequence[float]
-) -> tuple[int, float, float]:
+def _best_temperature(
+    scores: Scores, answers_Q: Ints, reading: Reading, k: int, temperatures: Sequence[float]
+) -> Choice:
     assert len(answers_Q) == len(scores.closed_QC) > 0, (len(answers_Q), len(scores.closed_QC))
-
-    def rank(candidate: tuple[int, float]) -> tuple[int, int, float, float]:
-        k, temperature = candidate
-        right = int(np.sum(predict(marginal(scores, k, temperature)) == answers_Q))
-        return -right, k, abs(math.log(temperature)), temperature
-
-    winner, best = min(
-        ((candidate, rank(candidate)) for candidate in _candidates(scores, ks, temperatures)),
-        key=lambda pair: pair[1],
-    )
-    return *winner, -best[0] / len(answers_Q)
+    mixes = reading == "marginal" and k > 1
+    tried = sorted(temperatures, key=lambda t: (abs(math.log(t)), t)) if mixes else [1.0]
+    right = [int(np.sum(predict(read(scores, reading, k, t)) == answers_Q)) for t in tried]
+    best = int(np.argmax(right))  # the first of equals is nearest 1
+    return Choice(k, tried[best], right[best] / len(answers_Q), reading)
 
 
-def _candidates(
-    scores: Scores, ks: Sequence[int], temperatures: Sequence[float]
-) -> Iterator[tuple[int, float]]:
-    usable = [k for k in ks if k <= scores.retrieved]
-    assert usable and temperatures, (ks, scores.retrieved, temperatures)
-    for k in usable:
-        if k < 2:  # the mixture of one chunk, or of none, has no temperature
-            yield k, 1.0
-        else:
-            yield from ((k, temperature) for temperature in temperatures)
+def _preference(choice: Choice) -> tuple[float, int]:
+    return choice.validation_accuracy, -choice.k

@@ -52,6 +52,11 @@ def mcnemar(a_only: int, b_only: int) -> float:
     return float(binomtest(a_only, discordant, 0.5).pvalue) if discordant else 1.0
 
 
+def mcnemar_of(a_Q: Bools, b_Q: Bools) -> float:
+    """`mcnemar` of two arms from who is right [Q]."""
+    return mcnemar(int(np.sum(a_Q & ~b_Q)), int(np.sum(b_Q & ~a_Q)))
+
+
 def bootstrap_mean(
     values_Q: NDArray[np.floating], resamples: int = RESAMPLES, seed: int = 0
 ) -> tuple[float, float]:

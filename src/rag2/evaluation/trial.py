@@ -1,0 +1,179 @@
+"""One arm on every set of questions: score all, choose on validation, count on test."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from rag2.evaluation import arms, score, select
+from rag2.evaluation.arms import Arm, Found, Reader
+from rag2.evaluation.outcome import ArmResult, AtK
+from rag2.evaluation.results import CONTROLS
+from rag2.evaluation.score import Reading, Scores
+from rag2.evaluation.select import Choice
+from rag2.retrieval import Retriever
+from rag2.types import Question
+
+Metric = Literal["mutual_info", "debiased"]
+PARTS = ("validation", "test", "control", "two_hop")
+
+
+@dataclass(frozen=True, slots=True)
+class QuestionSets:
+    """What is asked: validation chooses, test counts, control and two_hop are reported beside."""
+
+    train: Sequence[Question]
+    validation: Sequence[Question]
+    test: Sequence[Question]
+    control: Sequence[Question]
+    two_hop: Sequence[Question]
+
+    def all(self) -> list[Question]:
+        """Every question that is scored."""
+        return [question for part in PARTS for question in getattr(self, part)]
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """What every arm alike may choose from on validation, and what is measured besides."""
+
+    ks: Sequence[int]
+    readings: Sequence[Reading] = ("marginal",)
+    metrics: Sequence[Metric] = ()
+
+    def of(self, arm: Arm) -> list[int]:
+        """The K of an arm: the gold chunk is read alone by definition."""
+        return [1] if arm.retriever == "gold" else list(self.ks)
+
+
+def search(
+    arm: Arm, retriever: Retriever | None, sets: QuestionSets, rules: Rules
+) -> dict[str, Found]:
+    """What the arm's retriever finds for each set of questions that is not empty."""
+    found = {}
+    for part in PARTS:
+        asked = getattr(sets, part)
+        # A control question has no evidence: the gold control answers it by heart.
+        blind = part == "control" and arm.retriever == "gold"
+        if asked:
+            found[part] = arms.retrieve(asked, None if blind else retriever, max(rules.ks))
+    return found
+
+
+def run(
+    name: str,
+    arm: Arm,
+    sets: QuestionSets,
+    found: Mapping[str, Found],
+    reader: Reader,
+    rules: Rules,
+    gold: Mapping[str, Sequence[int]],
+    tick: Callable[[int], None] = lambda amount: None,
+) -> ArmResult:
+    """The arm's answers to the test questions; `gold` names the chunks that answer a question."""
+    began = time.perf_counter()
+    concat = rules.of(arm) if "concat" in rules.readings and arm.retriever else []
+    scored = {
+        part: arms.evaluate(getattr(sets, part), rows, reader, tick, concat)
+        for part, rows in found.items()
+    }
+    facts: dict[str, Any] = {}
+    choice = None
+    if arm.retriever is not None:
+        choice, facts = _choose(name, arm, sets, scored, rules)
+    if "mutual_info" in rules.metrics:
+        facts["unconditional_QC"] = reader.unconditional(sets.test)
+    if "debiased" in rules.metrics:
+        picks_Q = arms.debiased(sets.test, found["test"], reader, choice or Choice(0, 1.0, 0.0))
+        facts["debiased_Q"] = picks_Q == score.answers(sets.test)
+    ids_QK = scored["test"].ids_QK
+    right = [frozenset(gold.get(question.id, ())) for question in sets.test]
+    return ArmResult.of(
+        name,
+        sets.test,
+        scored["test"],
+        choice,
+        reader.labels(sets.test),
+        contexts=tuple(reader.contexts(sets.test)),
+        generator=arm.generator,
+        retriever=arm.retriever,
+        recall_at_1=score.recall_at(ids_QK, right, 1) if arm.retriever else None,
+        recall_at_k=score.recall_at(ids_QK, right, choice.k) if choice else None,
+        dropped_chunks=_dropped(reader, sets.test, ids_QK, choice),
+        eval_seconds=time.perf_counter() - began,
+        **_beside(sets, scored, choice),
+        **facts,
+    )
+
+
+def _choose(
+    name: str, arm: Arm, sets: QuestionSets, scored: Mapping[str, Scores], rules: Rules
+) -> tuple[Choice, dict[str, Any]]:
+    """What validation chooses, and beside it every other K, the best of each reading, the oracle.
+
+    The controls get no oracle: nobody would pick their K.
+    """
+    answers_Q, ks = score.answers(sets.test), rules.of(arm)
+    validated = score.answers(sets.validation)
+    rows = select.by_k(scored["validation"], validated, ks, rules.readings)
+    at_k = [
+        AtK(row, score.predict(_read(scored["test"], row)) == answers_Q)
+        for row in rows
+        if row.k > 1 or row.reading == rules.readings[0]  # below, the readings are the same
+    ]
+    best = {
+        reading: select.choose(scored["validation"], validated, ks, [reading])
+        for reading in rules.readings
+    }
+    oracle = select.oracle_on_test(scored["test"], answers_Q, ks, rules.readings)
+    return select.choose(scored["validation"], validated, ks, rules.readings), {
+        "by_k": tuple(at_k),
+        "oracle": oracle if name not in CONTROLS else None,
+        "readings": {reading: _reading(sets, scored, chosen) for reading, chosen in best.items()},
+    }
+
+
+def _reading(sets: QuestionSets, scored: Mapping[str, Scores], choice: Choice) -> dict[str, Any]:
+    right_Q = score.predict(_read(scored["test"], choice)) == score.answers(sets.test)
+    return {
+        "k": choice.k,
+        "temperature": choice.temperature,
+        "validation_accuracy": choice.validation_accuracy,
+        "right": int(right_Q.sum()),
+        **_beside(sets, scored, choice),
+    }
+
+
+def _beside(
+    sets: QuestionSets, scored: Mapping[str, Scores], choice: Choice | None
+) -> dict[str, float | None]:
+    """Accuracy on the control and two-hop questions, read as `choice` says."""
+
+    def accuracy(part: str) -> float | None:
+        if part not in scored:
+            return None
+        chosen = choice or Choice(0, 1.0, 0.0)
+        k = min(chosen.k, scored[part].retrieved)
+        logp_QC = score.read(scored[part], chosen.reading, k, chosen.temperature)
+        return float(np.mean(score.predict(logp_QC) == score.answers(getattr(sets, part))))
+
+    return {"control_accuracy": accuracy("control"), "two_hop_accuracy": accuracy("two_hop")}
+
+
+def _read(scores: Scores, choice: Choice) -> score.Floats:
+    return score.read(scores, choice.reading, choice.k, choice.temperature)
+
+
+def _dropped(
+    reader: Reader, questions: Sequence[Question], ids_QK: score.Ints, choice: Choice | None
+) -> int:
+    """How many of the chunks that the arm was to read had no room in their prompt."""
+    if choice is None:
+        return 0
+    count = 0
+    for question, ids in zip(questions, ids_QK[:, : choice.k].tolist(), strict=True):
+        prompts = [tuple(ids)] if choice.reading == "concat" else [(chunk,) for chunk in ids]
+        count += sum(reader.dropped.get((question.id, prompt), 0) for prompt in prompts)
+    return count

@@ -129,7 +129,9 @@ def test_the_report_shows_every_arm_and_labels_the_oracle():
     terminal = console.export_text()
     for arm in arms:
         assert f"| {arm.name} |" in text and arm.name in terminal
-    assert "| joint | joint | joint | marginal | 75.0 % | [70.5, 79.0] | 4 | 75.0 % | 95.0 % |" in text
+    assert (
+        "| joint | joint | joint | marginal | 75.0 % | [70.5, 79.0] | 4 | 75.0 % | 95.0 % |" in text
+    )
     assert "Oracle, chosen on the test answers and therefore no result: frozen_rag K = 5" in text
     for block in text.split("\n\n"):
         if block.startswith("|"):

@@ -4,6 +4,8 @@ import math
 
 import numpy as np
 import pytest
+from scipy.stats import binom, binomtest
+from statsmodels.stats import contingency_tables, multitest
 
 from made import exactly
 from rag2.evaluation import stats
@@ -66,3 +68,55 @@ def test_pairing_finds_what_unpaired_intervals_hide():
 def test_holm_steps_down_and_keeps_the_order_given():
     assert stats.holm([0.04, 0.01, 0.03]) == pytest.approx([0.06, 0.03, 0.06])
     assert stats.holm([]) == []
+
+
+# --- against other libraries, and against worlds whose truth is known -----------------------------
+
+
+def test_intervals_and_tests_agree_with_scipy_and_statsmodels(rng):
+    for _ in range(50):
+        n = int(rng.integers(1, 400))
+        right = int(rng.integers(0, n + 1))
+        expected = binomtest(right, n).proportion_ci(0.95, method="wilson")
+        assert stats.wilson(right, n) == pytest.approx((expected.low, expected.high), abs=1e-12)
+        a_only, b_only = (int(count) for count in rng.integers(0, 40, 2))
+        table = [[5, a_only], [b_only, 5]]
+        exact = contingency_tables.mcnemar(table, exact=True).pvalue if a_only + b_only else 1.0
+        assert stats.mcnemar(a_only, b_only) == pytest.approx(exact, rel=1e-9)
+        p_values = rng.random(7).tolist()
+        adjusted = multitest.multipletests(p_values, method="holm")[1]
+        assert stats.holm(p_values) == pytest.approx(adjusted.tolist())
+
+
+@pytest.mark.parametrize("p", [0.25, 0.5, 0.8, 0.95])
+def test_the_interval_of_an_accuracy_covers_the_truth_as_often_as_it_says(p: float):
+    """Exact: the probability of every count whose interval holds p, no simulation."""
+    n = 500
+    inside = [low <= p <= high for low, high in (stats.wilson(right, n) for right in range(n + 1))]
+    coverage = float(binom.pmf(np.arange(n + 1), n, p)[inside].sum())
+    assert 0.93 <= coverage <= 0.97
+
+
+def simulated(rng: np.random.Generator, shared: float) -> tuple[np.ndarray, np.ndarray]:
+    """Two arms of equal accuracy on 200 questions, alike on a share of them."""
+    a = rng.random(200) < 0.6
+    b = np.where(rng.random(200) < shared, a, rng.random(200) < 0.6)
+    return a, b
+
+
+@pytest.mark.parametrize("shared", [0.0, 0.8])
+def test_equal_arms_are_told_apart_in_at_most_6_of_100_simulations(rng, shared: float):
+    pairs = [simulated(rng, shared) for _ in range(2000)]
+    mcnemar = [stats.mcnemar_of(a, b) < 0.05 for a, b in pairs]
+    assert np.mean(mcnemar) <= 0.06
+    intervals = [
+        stats.bootstrap_mean(a.astype(float) - b.astype(float), resamples=400, seed=i)
+        for i, (a, b) in enumerate(pairs)
+    ]
+    excluded = [not low <= 0 <= high for low, high in intervals]
+    assert np.mean(excluded) <= 0.075  # percentile intervals of 200 questions are a little narrow
+    # Pairing is what sees a small gain: shuffled, the same answers show it far less often.
+    better = [(a | (rng.random(200) < 0.15), b) for a, b in pairs]
+    found = np.mean([stats.mcnemar_of(a, b) < 0.05 for a, b in better])
+    shuffled = np.mean([stats.mcnemar_of(a, rng.permutation(b)) < 0.05 for a, b in better])
+    assert shared == 0.0 or found > shuffled + 0.2

@@ -1,5 +1,6 @@
 """One arm on every set of questions: score all, choose on validation, count on test."""
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -116,6 +117,9 @@ def _choose(
     The controls get no oracle: nobody would pick their K.
     """
     answers_Q, ks = score.answers(sets.test), rules.of(arm)
+    if not sets.validation:
+        assert len(ks) == 1, f"{name}: nothing to choose among {ks} on"
+        return Choice(ks[0], 1.0, math.nan), {}
     validated = score.answers(sets.validation)
     rows = select.by_k(scored["validation"], validated, ks, rules.readings)
     at_k = [

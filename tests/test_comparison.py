@@ -1,0 +1,208 @@
+"""Comparisons of own systems on own questions: which arms run, both readings, every measure."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy.special import log_softmax, logsumexp
+
+from rag2 import config
+from rag2.evaluation import arms, score
+from rag2.evaluation.arms import Found, Reader
+from rag2.evaluation.questions import load_questions, split, to_row
+from rag2.evaluation.select import Choice
+from rag2.generator.load import Generator
+from rag2.generator.logprob import encode_pairs, pair_logprobs
+from rag2.generator.prompt import Prompt
+from rag2.registry import UserError
+from rag2.types import Chunk, Question
+from small_world import roughen
+
+Compare = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def own(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two generators whose answers differ, and 24 test questions, half of them of a subject."""
+    folder = tmp_path_factory.mktemp("own")
+    for number, name in enumerate(("base", "ft")):
+        generator = Generator.load(home / "generator")
+        torch.manual_seed(number)
+        roughen(generator.model, 0.05)
+        generator.save(folder / name)
+    questions = load_questions(home / "data" / "questions.jsonl")
+    parts = {name: split(questions, name)[:24] for name in ("train", "validation", "test")}
+    with (folder / "questions.jsonl").open("w") as file:
+        for part in parts.values():
+            for number, question in enumerate(part):
+                subject = ("law", "history")[number % 2]
+                file.write(json.dumps(to_row(replace(question, metadata={"subject": subject}))))
+                file.write("\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def compare(recipe: Callable[[str], ModuleType], own: Path, home: Path) -> Compare:
+    """`eval compare` on the own systems; returns results.json as written."""
+    module = recipe("eval/compare.py")
+
+    def run(out: Path, *changes: str) -> dict[str, Any]:
+        settings = [f"kb={home / 'data' / 'kb.sqlite'}", f"questions={own / 'questions.jsonl'}"]
+        settings += [f"generators.{name}={own / name}" for name in ("base", "ft")]
+        settings += [f"retrievers.warm={home / 'retriever'}", "ks=[0,1,2,3]", f"out={out}"]
+        threads = torch.get_num_threads()
+        module.main(config.load(module.CompareConfig, None, [*settings, *changes]))
+        torch.set_num_threads(threads)
+        return json.loads((out / "results.json").read_text())
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def results(compare: Compare, own: Path) -> dict[str, Any]:
+    """Everything at once."""
+    return compare(
+        own / "out", "readings=[marginal,concat]", "metrics=[mutual_info,debiased]",
+        "prompt.format=letters", "shots.count=1", "prompt.description=About {subject}.",
+        "prompt.budget=480",
+    )  # fmt: skip
+
+
+def test_the_arms_whose_parts_are_given_run_and_no_others(results: dict[str, Any]):
+    rag = {"frozen_rag", "bm25_rag", "ft_rag", "random_rag", "gold_rag"}
+    assert set(results["arms"]) == {"base", "ft", "majority"} | rag
+    assert results["task"] == "questions (letters, 1 shots)" and results["n"] == 24
+    assert results["arms"]["ft"]["train_seconds"] is None  # nobody knows what it took
+    assert "majority" in results["pairwise"]["arms"]
+
+
+def test_every_k_and_reading_is_listed_and_the_best_on_validation_is_the_arm(
+    results: dict[str, Any],
+):
+    for name in ("frozen_rag", "bm25_rag", "ft_rag"):
+        arm = results["arms"][name]
+        assert set(arm["readings"]) == set(arm["by_k"]) == {"marginal", "concat"}
+        assert [row["k"] for row in arm["by_k"]["marginal"]] == [0, 1, 2, 3]
+        assert [row["k"] for row in arm["by_k"]["concat"]] == [2, 3]
+        rows = [(r["validation_accuracy"], r) for found in arm["by_k"].values() for r in found]
+        best = max(value for value, _ in rows)
+        assert results["k_selection"]["accuracy"][name] == best
+        chosen = [r for value, r in rows if value == best and r["k"] == arm["k"]]
+        assert arm["accuracy"] in {row["accuracy"] for row in chosen}
+        assert arm["readings"][arm["reading"]]["accuracy"] == arm["accuracy"]
+
+
+def test_samples_tell_the_prompt_with_examples_and_every_measure_agrees_with_its_mean(
+    results: dict[str, Any], own: Path
+):
+    for name in ("base", "frozen_rag"):
+        path = own / "out" / f"samples_{name}.jsonl"
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        first = rows[0]["arguments"]["gen_args_1"]
+        assert first["arg_0"].startswith("About law.") and first["arg_1"] == " B"
+        assert first["arg_0"].count("Answer:") == 2
+        arm = results["arms"][name]
+        keys = ("acc", "acc_norm", "acc_bytes", "acc_mutual_info", "debiased_accuracy")
+        assert rows[0]["metrics"] == list(keys)
+        for key, reported in zip(keys, ("accuracy", *keys[1:]), strict=True):
+            assert np.mean([row[key] for row in rows]) == pytest.approx(arm[reported], rel=1e-5)
+        assert arm["acc_norm"] == arm["accuracy"]  # letters are all one character long
+    subjects = results["arms"]["base"]["groups"]["subject"]
+    assert {label: found["n"] for label, found in subjects.items()} == {"history": 12, "law": 12}
+    test = results["paired"][0]["groups"]["subject"]
+    assert all(row["holm_p"] >= row["mcnemar_p"] for row in test.values())
+
+
+def test_both_readings_equal_a_computation_by_hand_one_full_sequence_a_pair(
+    home: Path, own: Path, chunks: list[Chunk]
+):
+    generator = Generator.load(own / "base")
+    asked = split(load_questions(home / "data" / "questions.jsonl"), "test")[:3]
+    ids_QK = np.array([[chunks[3 * i + j].id for j in range(3)] for i in range(3)])
+    scores_QK = np.array([[2.0, 1.0, 0.5]] * 3)
+    by_id = {chunk.id: chunk for chunk in chunks}
+    reader = Reader(generator, Prompt(), by_id)
+    found = arms.evaluate(asked, Found(scores_QK, ids_QK), reader, concat=[2, 3])
+
+    def by_hand(question: Question, picked: list[int]) -> np.ndarray:
+        passages = [by_id[i].passage for i in reversed(picked)]  # the best one stands last
+        context = "\n\n".join([*passages, f"Question: {question.question}\nAnswer:"])
+        texts = [(context, f" {choice}") for choice in question.choices]
+        return np.array(pair_logprobs(generator.model, encode_pairs(generator.tokenizer, texts)))
+
+    for row, question in enumerate(asked):
+        picked = ids_QK[row].tolist()
+        for k in (2, 3):
+            concat_QC = score.read(found, "concat", k)
+            np.testing.assert_allclose(concat_QC[row], by_hand(question, picked[:k]), atol=1e-4)
+            prior_K = log_softmax(scores_QK[row, :k] / 2.0)
+            mixed = logsumexp([p + by_hand(question, [i]) for p, i in zip(prior_K, picked)], 0)  # noqa: B905
+            marginal_QC = score.read(found, "marginal", k, 2.0)
+            np.testing.assert_allclose(marginal_QC[row], mixed, atol=1e-4)
+            assert np.abs(concat_QC[row] - marginal_QC[row]).max() > 1e-3
+
+
+class Lettered(Reader):
+    """Prefers the letter A by far, and knows the answer a little: the planted bias."""
+
+    def _score(self, contexts, continuations):
+        scored = []
+        for context, letters in zip(contexts, continuations, strict=True):
+            lines = context.split("\n")
+            right = [f"{letter.strip()}. right" in lines for letter in letters]
+            bias = [1.0 * (letter == " A") for letter in letters]
+            scored.append([b + 0.5 * r - 3.0 for b, r in zip(bias, right, strict=True)])
+        return scored
+
+
+def test_a_preference_for_a_letter_cancels_when_the_choices_take_turns(generator: Generator):
+    questions = []
+    for number in range(9):
+        choices = [f"wrong {i}" for i in range(3 + number % 2)]
+        choices[number % 3] = "right"
+        questions.append(Question(f"q{number}", "Which?", tuple(choices), number % 3))
+    reader = Lettered(generator, Prompt(format="letters"), {})
+    found = arms.retrieve(questions, None, 0)
+    closed = arms.evaluate(questions, found, reader).closed_QC
+    answers_Q = score.answers(questions)
+    assert np.mean(score.predict(closed) == answers_Q) == pytest.approx(1 / 3)
+    picks_Q = arms.debiased(questions, found, reader, Choice(0, 1.0, 0.0))
+    np.testing.assert_array_equal(picks_Q, answers_Q)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["arms=[joint]"], "arm joint lacks its generator: set generators={joint: PATH}"),
+        (["generators.bse=x"], "generators: unknown name 'bse'.* Did you mean 'base'"),
+        (["retrievers.wram=x"], "retrievers: unknown name 'wram'.* Did you mean 'warm'"),
+        (["shots.count=99"], "shots=99: question .* has only 12 worked examples of subject"),
+        (["kb=null"], "world is not given: set world=NAME, or kb=, questions= and generators="),
+        (["readings=[both]"], "readings"),
+    ],
+)
+def test_what_is_missing_is_named_before_anything_is_scored(
+    compare: Compare, tmp_path: Path, changes: list[str], message: str
+):
+    with pytest.raises(UserError, match=message):
+        compare(tmp_path / "out", *changes)
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_validation_questions_only_arms_without_a_choice_run(
+    compare: Compare, own: Path, tmp_path: Path
+):
+    lines = (own / "questions.jsonl").read_text().splitlines()
+    kept = [line for line in lines if '"split": "validation"' not in line]
+    (tmp_path / "q.jsonl").write_text("\n".join(kept) + "\n")
+    changes = [f"questions={tmp_path / 'q.jsonl'}"]
+    with pytest.raises(UserError, match="frozen_rag lacks validation questions"):
+        compare(tmp_path / "out", *changes, "arms=[base,frozen_rag]")
+    found = compare(tmp_path / "out", *changes)["arms"]
+    assert set(found) == {"base", "ft", "gold_rag", "majority"}

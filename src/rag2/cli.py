@@ -47,6 +47,10 @@ RECIPES = {
             "Answer the same questions with every arm.",
             "configs/demo/compare.yaml out=runs/compare",
         ),
+        "open": (
+            "Answer open questions in words, closed book and with retrieval.",
+            "configs/hub/open_qwen3.yaml questions=q.jsonl kb=kb.sqlite out=runs/open",
+        ),
         "recall": (
             "Measure how often the evidence is retrieved.",
             "configs/demo/recall.yaml retriever=runs/retriever/final/retriever out=runs/recall",

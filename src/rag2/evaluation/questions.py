@@ -61,6 +61,17 @@ def with_choices(questions: Sequence[Question], source: str | Path) -> Sequence[
     return questions
 
 
+def without_choices(questions: Sequence[Question], source: str | Path) -> Sequence[Question]:
+    """The questions; raises UserError if one has choices, for it is answered by picking one."""
+    for question in questions:
+        if question.choices:
+            raise UserError(
+                f"{source}: question {question.id!r} has 'choices' and no 'answers'; "
+                "such questions are answered by rag2 eval mc"
+            )
+    return questions
+
+
 def to_row(question: Question) -> dict[str, Any]:
     """The JSON object of a question, without the optional keys it does not use."""
     row: dict[str, Any] = {"id": question.id, "question": question.question}

@@ -1,7 +1,7 @@
 """FairytaleQA (Xu et al. 2022): stories in sections, open questions with the sections' numbers.
 
-The folder is `data-by-train-split` of the original, or what holds it:
-`questions/{train,val,test}/NAME-questions.csv` and `section-stories/{train,val,test}/NAME-story.csv`.
+The folder is `data-by-train-split` of the original, or what holds it; in it are
+`questions/SPLIT/NAME-questions.csv` and `section-stories/SPLIT/NAME-story.csv`.
 """
 
 from collections.abc import Iterator

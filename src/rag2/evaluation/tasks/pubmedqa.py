@@ -1,7 +1,7 @@
 """PubMedQA (Jin et al. 2019), the 1,000 expert-labelled questions: yes, no or maybe.
 
 The folder holds `ori_pqal.json` and `test_ground_truth.json` of the original. A document is an
-abstract without its conclusion, which states the answer, and without a title, which is the question.
+abstract without its conclusion, which states the answer, and its title, which is the question.
 """
 
 from collections.abc import Iterator
@@ -22,8 +22,9 @@ def read(source: Path) -> Iterator[Item]:
 
     Raises UserError if a file is missing or holds no JSON object.
     """
-    rows, official = json_file(source / "ori_pqal.json"), json_file(
-        source / "test_ground_truth.json"
+    rows, official = (
+        json_file(source / "ori_pqal.json"),
+        json_file(source / "test_ground_truth.json"),
     )
     for name, value in (("ori_pqal.json", rows), ("test_ground_truth.json", official)):
         if not isinstance(value, dict):

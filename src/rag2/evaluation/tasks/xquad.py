@@ -1,6 +1,7 @@
 """XQuAD (Artetxe et al. 2020) in English, or any file in the format of SQuAD v1.1.
 
-`{"data": [{"title", "paragraphs": [{"context", "qas": [{"id", "question", "answers": [{"text"}]}]}]}]}`
+`{"data": [{"title", "paragraphs": [{"context", "qas": [QA, ..]}, ..]}, ..]}`, where a QA is
+`{"id", "question", "answers": [{"text"}, ..]}`.
 """
 
 from collections.abc import Iterator

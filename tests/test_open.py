@@ -79,7 +79,7 @@ def by_hand(model: Any, tokenizer: Any, context: str, most: int) -> str:
     with torch.no_grad():
         while len(ids) < length + most and "\n" not in tokenizer.decode(ids[length:]):
             ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
-            if ids[-1] == tokenizer.eos_token_id:
+            if ids[-1] in (tokenizer.eos_token_id, model.config.eos_token_id):
                 break
     text = tokenizer.decode(ids[length:], skip_special_tokens=True)
     return text.partition("\n")[0].strip()

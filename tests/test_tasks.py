@@ -192,8 +192,11 @@ def made(tmp_path: Path) -> Callable[[str], Summary]:
     return make
 
 
-def test_every_task_is_tested():
+def test_every_task_is_tested_and_told_by_the_help(capsys: pytest.CaptureFixture[str]):
     assert TABLES["task"].keys() == MAKE.keys() == EXPECTED.keys()
+    with pytest.raises(SystemExit):
+        cli.main(["task", "--help"])
+    assert f"Names: {', '.join(TABLES['task'])}." in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize("name", EXPECTED)

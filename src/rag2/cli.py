@@ -47,6 +47,10 @@ RECIPES = {
             "Answer the same questions with every arm.",
             "configs/demo/compare.yaml out=runs/compare",
         ),
+        "open": (
+            "Answer open questions in words, closed book and with retrieval.",
+            "configs/hub/open_qwen3.yaml questions=q.jsonl kb=kb.sqlite out=runs/open",
+        ),
         "recall": (
             "Measure how often the evidence is retrieved.",
             "configs/demo/recall.yaml retriever=runs/retriever/final/retriever out=runs/recall",
@@ -115,6 +119,38 @@ def demo(
     where = json.dumps(str(out), ensure_ascii=False)  # a JSON string is a YAML string
     settings = [f"home={where}", f"out={where}", f"seed={seed}", f"world.seed={seed}"]
     _run_recipe("eval", "compare", ["-c", "configs/demo/compare.yaml", *settings])
+
+
+@app.command()
+def task(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the data set.")],
+    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="Its folder, as downloaded.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="New directory to write.")],
+) -> None:
+    """Turn a public data set's own files into questions.jsonl and documents.jsonl.
+
+    Names: mmlu, openstax, xquad, fairytale, pubmedqa. What is rejected is listed with the reason;
+    if nothing is good, nothing is written and the exit status is 2.
+
+    \b
+    Examples:
+      rag2 task mmlu data/mmlu tasks/mmlu
+      rag2 task xquad data/xquad tasks/xquad
+      rag2 kb build xquad.sqlite tasks/xquad/documents.jsonl
+    """
+    from collections import Counter
+
+    from rag2.evaluation.tasks.write import write
+
+    with _status(f"writing {out}"):
+        summary = write(name, source, out)
+    for reject in summary.rejected:
+        typer.echo(f"rejected {reject.place}: {reject.reason}", err=True)
+    typer.echo(f"{summary.accepted} accepted + {len(summary.rejected)} rejected = {summary.total}")
+    splits = Counter(question.split for question in summary.questions)
+    counts = ", ".join(f"{splits[s]} {s}" for s in ("train", "validation", "test") if splits[s])
+    shown = f" ({counts})" if counts else ""
+    typer.echo(f"{len(summary.questions)} questions{shown}, {len(summary.documents)} documents")
 
 
 KB = Annotated[Path, typer.Argument(metavar="KB", help="The knowledge base, an SQLite file.")]

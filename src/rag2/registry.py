@@ -21,6 +21,13 @@ TABLES: dict[str, dict[str, str]] = {
         "jsonl": "rag2.kb.read:read_jsonl",
         "csv": "rag2.kb.read:read_csv",
     },
+    "task": {
+        "mmlu": "rag2.evaluation.tasks.mmlu:read",
+        "openstax": "rag2.evaluation.tasks.openstax:read",
+        "xquad": "rag2.evaluation.tasks.xquad:read",
+        "fairytale": "rag2.evaluation.tasks.fairytale:read",
+        "pubmedqa": "rag2.evaluation.tasks.pubmedqa:read",
+    },
     "chunker": {
         "tokens": "rag2.kb.chunk:TokenChunker",
     },

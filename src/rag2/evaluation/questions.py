@@ -25,7 +25,7 @@ def load_questions(path: str | Path) -> list[Question]:
         if not line.strip():
             continue
         place = f"{path}:{number}"
-        question = _question(_row(line, place), place)
+        question = question_of(_row(line, place), place)
         if question.id in line_of:
             first = line_of[question.id]
             raise UserError(f"{place}: id {question.id!r} is already used on line {first}")
@@ -61,6 +61,17 @@ def with_choices(questions: Sequence[Question], source: str | Path) -> Sequence[
     return questions
 
 
+def without_choices(questions: Sequence[Question], source: str | Path) -> Sequence[Question]:
+    """The questions; raises UserError if one has choices, for it is answered by picking one."""
+    for question in questions:
+        if question.choices:
+            raise UserError(
+                f"{source}: question {question.id!r} has 'choices' and no 'answers'; "
+                "such questions are answered by rag2 eval mc"
+            )
+    return questions
+
+
 def to_row(question: Question) -> dict[str, Any]:
     """The JSON object of a question, without the optional keys it does not use."""
     row: dict[str, Any] = {"id": question.id, "question": question.question}
@@ -76,6 +87,29 @@ def to_row(question: Question) -> dict[str, Any]:
     if question.metadata:
         row["metadata"] = question.metadata
     return row
+
+
+def question_of(row: Mapping[str, Any], place: str) -> Question:
+    """The question of one row; raises UserError, one line that starts with `place`, for none."""
+    identity = _required(row, "id", place)
+    if isinstance(identity, bool) or not isinstance(identity, (str, int)) or identity == "":
+        raise UserError(f"{place}: 'id' must be a non-empty string, got {_shown(identity)}")
+    text = _required(row, "question", place)
+    if not isinstance(text, str) or not text.strip():
+        raise UserError(f"{place}: 'question' must be a non-empty string, got {_shown(text)}")
+    open_ended = "answers" in row and "choices" not in row
+    choices = () if open_ended else _choices(row, place)
+    return Question(
+        id=str(identity),
+        question=text,
+        choices=choices,
+        answer=-1 if open_ended else _answer(row, len(choices), place),
+        answers=_answers(row, place) if open_ended else (),
+        split=_split(row, place),
+        gold_chunk=_gold_chunk(row, place),
+        evidence=_evidence(row, place),
+        metadata=_metadata(row, place),
+    )
 
 
 def _read(path: Path) -> bytes:
@@ -108,28 +142,6 @@ def _row(line: bytes, place: str) -> Mapping[str, Any]:
     if not isinstance(row, dict):
         raise UserError(f"{place}: expected a JSON object, got {type(row).__name__}")
     return row
-
-
-def _question(row: Mapping[str, Any], place: str) -> Question:
-    identity = _required(row, "id", place)
-    if isinstance(identity, bool) or not isinstance(identity, (str, int)) or identity == "":
-        raise UserError(f"{place}: 'id' must be a non-empty string, got {_shown(identity)}")
-    text = _required(row, "question", place)
-    if not isinstance(text, str) or not text.strip():
-        raise UserError(f"{place}: 'question' must be a non-empty string, got {_shown(text)}")
-    open_ended = "answers" in row and "choices" not in row
-    choices = () if open_ended else _choices(row, place)
-    return Question(
-        id=str(identity),
-        question=text,
-        choices=choices,
-        answer=-1 if open_ended else _answer(row, len(choices), place),
-        answers=_answers(row, place) if open_ended else (),
-        split=_split(row, place),
-        gold_chunk=_gold_chunk(row, place),
-        evidence=_evidence(row, place),
-        metadata=_metadata(row, place),
-    )
 
 
 def _required(row: Mapping[str, Any], key: str, place: str) -> Any:

@@ -20,6 +20,7 @@ from rag2.generator.pairs import (
     align,
     check_length,
     check_pairs,
+    check_room,
     encode_pairs,
     lay_out,
     length,
@@ -48,20 +49,24 @@ def score_choices(
     contexts: Sequence[str],
     continuations: Sequence[Sequence[str]],
     batch_tokens: int = 8192,
+    names: Sequence[str] = (),
 ) -> list[list[float]]:
     """log p(continuation | context) in nats, for every continuation of every context.
 
     A merge across the boundary can give the choices of one context different context ids; equal
-    ids are encoded once, wherever they come from.
+    ids are encoded once, wherever they come from. Raises UserError for a context and continuation
+    longer than the model's positions; it tells the context's name (a question's id), or its end.
     """
     grouped: dict[tuple[int, ...], list[list[int]]] = {}
     places: list[list[tuple[tuple[int, ...], int]]] = []
     texts = [(c, choice) for c, cs in zip(contexts, continuations, strict=True) for choice in cs]
     encoded = iter(encode_pairs(tokenizer, texts))
-    for choices in continuations:
+    for number, choices in enumerate(continuations):
         places.append([])
         for _ in choices:
             context_ids, continuation_ids = next(encoded)
+            called = names[number] if names else contexts[number][-60:]
+            check_room(model, len(context_ids), len(continuation_ids), called)
             group = grouped.setdefault(tuple(context_ids), [])
             places[-1].append((tuple(context_ids), len(group)))
             group.append(continuation_ids)
@@ -91,7 +96,7 @@ def choice_logprobs(
     groups = shared_prefixes([request.context_ids for request in requests])
     alone = Group(0, [i for g in groups if not g.shared for i in g.members])
     groups = [group for group in groups if group.shared]
-    with _evaluating(model):
+    with evaluating(model):
         for batch in token_batches([(1, group.shared) for group in groups], batch_tokens):
             some = [groups[i] for i in batch]
             prefixes = [requests[g.members[0]].context_ids[: g.shared] for g in some]
@@ -108,7 +113,7 @@ def choice_logprobs(
 def pair_logprobs(model: Model, pairs: Sequence[Pair], batch_tokens: int = 8192) -> list[float]:
     """log p(continuation | context) in nats from one full sequence per pair: the slow reference."""
     result = [0.0] * len(pairs)
-    with _evaluating(model):
+    with evaluating(model):
         for batch in token_batches([(1, length(p)) for p in pairs], batch_tokens):
             inputs, rows, labels_M = lay_out(model, [pairs[i] for i in batch])
             logits_MV, _ = logits_at(model, rows, **inputs, use_cache=False)
@@ -238,7 +243,7 @@ def _log_softmax(logits_MV: Tensor) -> Tensor:
 
 
 @contextmanager
-def _evaluating(model: Model) -> Iterator[None]:
+def evaluating(model: Model) -> Iterator[None]:
     """Evaluation mode inside; afterwards every module is in the mode it had."""
     training = [module for module in model.modules() if module.training]
     model.eval()

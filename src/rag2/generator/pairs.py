@@ -54,6 +54,12 @@ def encode_pairs(
     return pairs
 
 
+def encode_contexts(tokenizer: Any, contexts: Sequence[str]) -> list[list[int]]:
+    """Ids of contexts to be continued, special tokens as in `encode_pairs`; white space stays."""
+    ids = _encode(tokenizer, [context for context in contexts if context])
+    return [ids[context] if context else [_prefix(tokenizer)] for context in contexts]
+
+
 def _encode(tokenizer: Any, texts: Sequence[str]) -> dict[str, list[int]]:
     """The ids of every distinct text; a text that begins with the bos token gets no second one."""
     bos = tokenizer.bos_token
@@ -122,11 +128,31 @@ def check_pairs(model: Model, pairs: Sequence[Pair]) -> None:
 
 def check_length(model: Model, tokens: int, remedy: str) -> None:
     """Raise UserError for a sequence longer than the model's positions."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limit = positions(model)
     if limit is not None and tokens > limit:
         raise UserError(
             f"a sequence of {tokens} tokens, the generator has positions for {limit}: {remedy}"
         )
+
+
+def check_room(model: Model, context: int, answer: int, called: str) -> None:
+    """Raise UserError if a question's prompt and answer have more tokens than fit the positions.
+
+    `context` and `answer` are their lengths in tokens, `called` the question's id or text.
+    """
+    limit = positions(model)
+    if limit is not None and context + answer - 1 > limit:
+        budget = max(limit - answer + 1, 1)
+        raise UserError(
+            f"question {called!r}: a prompt of {context} tokens and {answer} of the answer, the "
+            f"generator has positions for {limit}: set prompt.budget={budget} or less "
+            "to drop passages, or shorten the question"
+        )
+
+
+def positions(model: Model) -> int | None:
+    """The longest sequence that the model can read, in tokens; None where there is no limit."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
 def token_batches(shapes: Sequence[tuple[int, int]], batch_tokens: int) -> list[list[int]]:

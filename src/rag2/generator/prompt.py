@@ -42,13 +42,15 @@ class Prompt(Config):
         tokenizer: Any,
         choices: Sequence[str] = (),
         header: str = "",
+        name: str = "",
     ) -> Built:
         """The context for one question; `passages` come best first, none means closed book.
 
         `header` is what the method of that name makes: the same for all questions of a subject, and
         therefore first, so that it is read once for all of them. While the whole exceeds the
-        budget, whole passages are dropped, worst first, and counted. Raises UserError when even
-        the bare question does not fit: nothing is cut silently.
+        budget, whole passages are dropped, worst first, and counted. Raises UserError, which calls
+        the question by `name` (its id) or else by its text, when even the bare question does not
+        fit: nothing is cut silently.
         """
         stem = self._stem(question, choices)
         for kept in range(len(passages), -1, -1):
@@ -56,8 +58,8 @@ class Prompt(Config):
             if self._fits(text, tokenizer):
                 return Built(text, dropped=len(passages) - kept)
         raise UserError(
-            f"prompt.budget={self.budget} tokens: question {question[:60]!r} alone takes "
-            f"{len(tokenizer.encode(header + stem))}"
+            f"prompt.budget={self.budget} tokens: question {name or question[:60]!r} alone takes "
+            f"{len(tokenizer.encode(header + stem))}: raise the budget or shorten the question"
         )
 
     def header(self, subject: str = "", examples: Sequence[Question] = ()) -> str:

@@ -1,0 +1,1 @@
+"""Public data sets, each from its own files as downloaded -> questions and documents."""

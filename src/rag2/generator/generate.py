@@ -1,0 +1,122 @@
+"""context -> the text that the model continues it with, greedily, up to the end of the line.
+
+The model's own generation settings (sampling, penalties) are not asked: the text is the argmax of
+the same logits that `logprob.py` scores. Letters: R contexts, L tokens, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from rag2.generator.head import Model, Rows, logits_at
+from rag2.generator.logprob import evaluating
+from rag2.generator.pairs import Ids, check_room, encode_contexts, pad, place, token_batches
+from rag2.generator.past import Past, shares_past
+
+
+@torch.no_grad()
+def generate(
+    model: Model,
+    tokenizer: Any,
+    contexts: Sequence[str],
+    max_new_tokens: int,
+    batch_tokens: int = 8192,
+    names: Sequence[str] = (),
+) -> list[str]:
+    """The greedy continuation of each context: its first line, without white space at its ends.
+
+    It ends before the first line feed or end-of-text token, or after `max_new_tokens`. Contexts of
+    similar length share a batch of at most `batch_tokens` padded positions, or one context; padding
+    is masked and takes no position, so that the batch does not change a text. Raises UserError for
+    a context that leaves the model no positions for `max_new_tokens`; `names` are its questions'
+    ids, for that message.
+    """
+    ids = encode_contexts(tokenizer, contexts)
+    for number, row in enumerate(ids):
+        called = names[number] if names else contexts[number][-60:]
+        check_room(model, len(row), max_new_tokens, called)
+    texts = [""] * len(ids)
+    with evaluating(model):
+        for batch in token_batches([(1, len(row) + max_new_tokens) for row in ids], batch_tokens):
+            some = [ids[i] for i in batch]
+            for i, text in zip(
+                batch, _continue(model, tokenizer, some, max_new_tokens), strict=True
+            ):
+                texts[i] = text
+    return texts
+
+
+def _continue(model: Model, tokenizer: Any, contexts: Sequence[Ids], most: int) -> list[str]:
+    """The texts after one batch of contexts."""
+    reader = _Cached(model, contexts) if shares_past(model) else _Anew(model, contexts)
+    ends = _ends(model, tokenizer)
+    made: list[list[int]] = [[] for _ in contexts]
+    alive = list(range(len(contexts)))
+    while alive:
+        tokens = reader.next()
+        for row, token in zip(alive, tokens, strict=True):
+            made[row].append(token)
+        # Text, not ids, says where a line ends: a token may hold a line feed and more.
+        kept = [
+            at
+            for at, row in enumerate(alive)
+            if len(made[row]) < most
+            and tokens[at] not in ends
+            and "\n" not in tokenizer.decode(made[row])
+        ]
+        alive = [alive[at] for at in kept]
+        if kept:
+            reader.go_on(kept, [tokens[at] for at in kept])
+    return [_line(tokenizer, ids, ends) for ids in made]
+
+
+class _Cached:
+    """Rows whose past is kept: after the first step each reads one token."""
+
+    def __init__(self, model: Model, contexts: Sequence[Ids]) -> None:
+        self.model, self.ids = model, contexts
+        self.past = Past.nothing(model, len(contexts))
+
+    def next(self) -> list[int]:
+        """The likeliest next token of each row."""
+        logits_RV, self.past = self.past.read(self.model, self.ids)
+        return logits_RV.argmax(-1).tolist()
+
+    def go_on(self, rows: list[int], tokens: list[int]) -> None:
+        """Keep these rows, each with a token more; the others are done."""
+        if len(rows) < len(self.ids):
+            self.past = self.past.take(torch.tensor(rows, device=place(self.model)))
+        self.ids = [[token] for token in tokens]
+
+
+class _Anew:
+    """Rows that are read whole at every step, for models whose cache cannot stand padding."""
+
+    def __init__(self, model: Model, contexts: Sequence[Ids]) -> None:
+        self.model, self.ids = model, [list(row) for row in contexts]
+
+    def next(self) -> list[int]:
+        """As _Cached.next."""
+        ids_RL, mask_RL = pad(self.ids, place(self.model))
+        last_R = ids_RL.shape[1] - mask_RL.sum(1) + 1
+        rows = Rows(torch.arange(len(self.ids), device=ids_RL.device), last_R)
+        inputs = {"input_ids": ids_RL, "attention_mask": mask_RL, "use_cache": False}
+        logits_RV, _ = logits_at(self.model, rows, **inputs)
+        return logits_RV.argmax(-1).tolist()
+
+    def go_on(self, rows: list[int], tokens: list[int]) -> None:
+        """As _Cached.go_on."""
+        self.ids = [[*self.ids[row], token] for row, token in zip(rows, tokens, strict=True)]
+
+
+def _ends(model: Model, tokenizer: Any) -> set[int]:
+    """The end-of-text tokens of tokenizer and model, which may be several."""
+    listed = model.config.get_text_config().eos_token_id
+    listed = listed if isinstance(listed, list) else [listed]
+    return {token for token in (tokenizer.eos_token_id, *listed) if token is not None}
+
+
+def _line(tokenizer: Any, ids: list[int], ends: set[int]) -> str:
+    text = tokenizer.decode([token for token in ids if token not in ends], skip_special_tokens=True)
+    return text.partition("\n")[0].strip()

@@ -151,7 +151,7 @@ def test_both_readings_equal_a_computation_by_hand_one_full_sequence_a_pair(
 class Lettered(Reader):
     """Prefers the letter A by far, and knows the answer a little: the planted bias."""
 
-    def _score(self, contexts, continuations):
+    def _score(self, contexts, continuations, names):
         scored = []
         for context, letters in zip(contexts, continuations, strict=True):
             lines = context.split("\n")

@@ -89,7 +89,7 @@ class Reader:
                 self.dropped[key] = built.dropped
             contexts.append(built.text)
             continuations.append(self.prompt.continuations(question.choices))
-        scored = self._score(contexts, continuations)
+        scored = self._score(contexts, continuations, [q.id for q, _ in todo.values()])
         for (question, _), scores in zip(todo, scored, strict=True):
             if not np.isfinite(scores).all():
                 raise UserError(f"the generator's log-likelihoods of {question!r} are not finite")
@@ -98,7 +98,8 @@ class Reader:
     def unconditional(self, questions: Sequence[Question]) -> Floats:
         """log p(choice) in nats after no context at all [Q, C], for mutual information."""
         continuations = [self.prompt.continuations(question.choices) for question in questions]
-        scored = self._score([""] * len(questions), continuations)
+        names = [question.id for question in questions]
+        scored = self._score([""] * len(questions), continuations, names)
         return _table(questions, scored)
 
     def contexts(self, questions: Sequence[Question]) -> list[str]:
@@ -116,13 +117,19 @@ class Reader:
             self.generator.tokenizer,
             question.choices,
             self.headers.get(question.id, ""),
+            name=question.id,
         )
 
     def _score(
-        self, contexts: Sequence[str], continuations: Sequence[Sequence[str]]
+        self,
+        contexts: Sequence[str],
+        continuations: Sequence[Sequence[str]],
+        names: Sequence[str],
     ) -> list[list[float]]:
         model, tokenizer = self.generator.model, self.generator.tokenizer
-        return score_choices(model, tokenizer, contexts, continuations, self.batch_tokens)
+        return score_choices(
+            model, tokenizer, contexts, continuations, self.batch_tokens, names=names
+        )
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -159,7 +159,10 @@ def plan(recipe: Recipe, cfg: Any, settings: Mapping[str, str], out: Path, diges
     key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
     name = "_".join(f"{k}={v}" for k, v in settings.items()) or "cell"
     name = re.sub(r"[^\w.=+-]+", "_", name, flags=re.ASCII)[:80].strip("_.")
-    return Cell(settings, recipe, cfg, needed, key, out / "cells" / f"{name}-{key[:8]}")
+    # A sweep over other keys may have given the same cell another name.
+    there = next(iter(sorted(out.glob(f"cells/*-{key[:12]}"))), None)
+    directory = there or out / "cells" / f"{name}-{key[:12]}"
+    return Cell(settings, recipe, cfg, needed, key, directory)
 
 
 def _check_inputs(cfg: Any) -> None:

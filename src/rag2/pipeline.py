@@ -181,14 +181,15 @@ def jobs(cfg: Inputs, names: Iterable[str]) -> list[stages.Job]:
 def share(cfg: Inputs, home: Path, shared: Path, names: Iterable[str]) -> None:
     """Fill `home` with links, so that homes with equal stages have them in common.
 
-    A stage that `cfg.home` holds complete and made from the same settings is used where it is;
-    every other one lies, or will be made, in `shared` under its name and key.
+    A stage lies, or will be made, in `shared` under its name and key; only one that `cfg.home`
+    holds complete, made from the same settings, and that `shared` has not begun, is used there.
     """
     home.mkdir(parents=True, exist_ok=True)
     for name, key in keys(cfg, names).items():
-        there, link = Path(cfg.home) / name, home / name
-        if _marked(there) != {"key": key, "done": True}:
-            there = shared / f"{name}-{key[:16]}"
+        there, link = shared / f"{name}-{key[:16]}", home / name
+        complete = {"key": key, "done": True}
+        if _marked(there) is None and _marked(Path(cfg.home) / name) == complete:
+            there = Path(cfg.home) / name
         link.unlink(missing_ok=True)
         link.symlink_to(there.absolute())
 

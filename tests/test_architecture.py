@@ -26,6 +26,7 @@ LAYERS = [
     {"train", "eval"},
     {"__main__"},
     {"cli"},
+    {"sweep"},
     {"pipeline", "systems"},
     {"stages"},
     {"training", "evaluation"},

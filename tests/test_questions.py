@@ -1,11 +1,12 @@
 """Questions from JSONL: read whole, or refused with the place."""
 
+import itertools
 import json
 from pathlib import Path
 
 import pytest
 
-from rag2.evaluation.questions import load_questions, split, to_row, with_choices
+from rag2.evaluation.questions import load_questions, split, subset, to_row, with_choices
 from rag2.registry import UserError
 from rag2.types import Question
 
@@ -85,6 +86,31 @@ def test_a_file_that_is_missing_or_empty_is_one_line(tmp_path):
         split(questions, "train")
     with pytest.raises(UserError, match="Did you mean 'validation'"):
         split(questions, "valid")
+
+
+def ids(questions: list[Question]) -> list[str]:
+    return [question.id for question in questions]
+
+
+def test_a_smaller_share_of_the_questions_lies_inside_a_larger_one(dice):
+    questions = [Question(f"q{n}", f"Who {n}?", ("a", "b"), 0) for n in range(dice.randint(1, 400))]
+    seed = dice.randrange(1000)
+    shares = sorted(dice.uniform(0.001, 1) for _ in range(5))
+    nested = [ids(subset(questions, share, seed)) for share in (*shares, 1.0)]
+    for smaller, larger in itertools.pairwise(nested):
+        assert 1 <= len(smaller) <= len(larger) and {*smaller} <= {*larger}
+    assert nested[-1] == ids(questions)
+    assert [i for i in nested[-1] if i in nested[2]] == nested[2]  # in their order
+    # The other questions of a file, and their order, decide nothing of two that stay.
+    shuffled = dice.sample(questions, len(questions))
+    assert {*ids(subset(shuffled, shares[2], seed))} == {*nested[2]}
+
+
+def test_a_share_has_the_size_it_says_and_depends_on_the_seed():
+    questions = [Question(f"q{n}", "Who?", ("a", "b"), 0) for n in range(300)]
+    for share, count in ((0.1, 30), (0.3, 90), (1.0, 300), (0.001, 1), (1e-9, 1), (0.011, 4)):
+        assert len(subset(questions, share, 0)) == count
+    assert subset(questions, 0.3, 0) != subset(questions, 0.3, 1)
 
 
 def test_an_open_question_has_answers_instead_of_choices(tmp_path: Path):

@@ -4,19 +4,67 @@ import json
 import math
 import secrets
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from rag2.evaluation import arms, score
-from rag2.evaluation.questions import load_questions, split
+from rag2.evaluation.questions import load_questions, split, subset
 from rag2.generator.load import Generator
 from rag2.generator.prompt import Prompt
+from rag2.registry import UserError
 from rag2.retriever.encoder import DualEncoder
 from rag2.types import Chunk, Question
 from small_runs import Load, log, start
 from small_world import roughen
+from texts import write_jsonl
+
+# --- parts of the data ----------------------------------------------------------------------------
+
+
+def test_a_share_of_the_questions_and_some_of_the_paraphrases_are_what_is_trained_on(
+    recipe: Load, home: Path, tmp_path: Path
+):
+    finetune = recipe("train/finetune.py")
+    data = home / "data"
+    given = {"kb": str(data / "kb.sqlite"), "questions": str(data / "questions.jsonl")}
+
+    def texts(**changes: Any) -> list:
+        return finetune.read_data(finetune.FinetuneConfig(**given, **changes))
+
+    train = texts(objective={"name": "supervised"})
+    some = texts(objective={"name": "supervised"}, question_share=0.1)
+    assert len(some) == math.ceil(len(train) / 10) and all(q in train for q in some)
+
+    pairs = [(of, f"{of} {n}") for n in range(3) for of in "ab"]
+    rows = [{"title": "t", "text": text, "metadata": {"of": of}} for of, text in pairs]
+    path = write_jsonl(tmp_path / "paraphrases.jsonl", rows)
+    plain = texts()
+    for count, kept in ((0, []), (1, ["a 0", "b 0"]), (None, [row["text"] for row in rows])):
+        found = texts(paraphrases=str(path), paraphrases_per_document=count)
+        assert found == plain + [f"t\n{text}" for text in kept]
+    write_jsonl(path, [{"title": "t", "text": "x"}])
+    with pytest.raises(UserError, match=r"paraphrases.jsonl:1: 'metadata.of' must name a document"):
+        texts(paraphrases=str(path), paraphrases_per_document=1)
+
+
+def test_joint_training_on_a_share_asks_that_share_only(
+    recipe: Load, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    joint, asked = recipe("train/joint.py"), []
+    honest = joint.Proposals
+
+    def proposals(cfg: Any, chunks: list[Chunk], questions: list[Question], seed: int) -> Any:
+        asked.append(questions)
+        return honest(cfg, chunks, questions, seed)
+
+    monkeypatch.setattr(joint, "Proposals", proposals)
+    start(recipe, "joint", home, tmp_path / "some", steps=1, question_share=0.1)
+    train = split(load_questions(home / "data" / "questions.jsonl"), "train")
+    assert asked == [subset(train, 0.1, 3)] and 0 < len(asked[0]) < len(train)
+
 
 # --- frozen halves --------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from pydantic import Field
 
 from rag2 import config, pipeline
-from rag2.evaluation.questions import load_questions, split
+from rag2.evaluation.questions import load_questions, split, subset
 from rag2.generator.load import Generator
 from rag2.kb.store import KnowledgeBase
 from rag2.registry import UserError
@@ -32,6 +32,8 @@ class FinetuneConfig(pipeline.Inputs):
     """knowledge base file, for the unsupervised objective"""
     questions: str | None = None
     """JSONL of questions, for the supervised one"""
+    question_share: float = Field(default=1.0, gt=0, le=1)
+    """share of the training questions to learn from; a smaller one lies inside a larger one"""
     generator: str | None = None
     device: str = "cpu"
     """cpu, cuda or cuda:N"""
@@ -41,6 +43,8 @@ class FinetuneConfig(pipeline.Inputs):
     """compute the activations twice instead of keeping them"""
     paraphrases: str | None = None
     """JSONL of rewordings of the documents, trained on beside them (unsupervised)"""
+    paraphrases_per_document: int | None = Field(default=None, ge=0)
+    """the first so many rewordings of each document; null: all"""
     objective: Objective = Unsupervised()
     tuning: Tuning = Full()
     steps: int = Field(default=100, ge=0)
@@ -92,14 +96,15 @@ def read_data(cfg: FinetuneConfig) -> list:
     """What the objective trains on: passages of the knowledge base, or training questions."""
     if cfg.objective.needs == "questions":
         assert cfg.questions
-        return split(load_questions(cfg.questions), "train")
+        questions = split(load_questions(cfg.questions), "train")
+        return subset(questions, cfg.question_share, cfg.seed)
     assert cfg.kb
     with KnowledgeBase(Path(cfg.kb)) as kb:
         texts = [chunk.passage for chunk in kb.chunks()]
     if not texts:
         raise UserError(f"{cfg.kb}: the knowledge base is empty")
     if cfg.paraphrases:
-        texts += read_passages(Path(cfg.paraphrases))
+        texts += read_passages(Path(cfg.paraphrases), cfg.paraphrases_per_document)
     return texts
 
 

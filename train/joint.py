@@ -16,7 +16,7 @@ import torch
 from pydantic import Field
 
 from rag2 import config, pipeline
-from rag2.evaluation.questions import load_questions, split
+from rag2.evaluation.questions import load_questions, split, subset
 from rag2.generator.load import Generator
 from rag2.generator.prompt import Prompt
 from rag2.index.flat import Flat
@@ -44,6 +44,8 @@ class JointConfig(pipeline.Inputs):
     """knowledge base file"""
     questions: str | None = None
     """JSONL of questions"""
+    question_share: float = Field(default=1.0, gt=0, le=1)
+    """share of the training questions to learn from; a smaller one lies inside a larger one"""
     generator: str | None = None
     retriever: str | None = None
     """encoder folder of a warm start or an earlier run"""
@@ -85,6 +87,7 @@ def main(cfg: JointConfig) -> dict[str, float]:
     with KnowledgeBase(Path(cfg.kb)) as kb:
         chunks, kb_version, kb_hash = kb.chunks(), kb.version, kb.content_hash()
     questions = split(load_questions(cfg.questions), "train")
+    questions = subset(questions, cfg.question_share, cfg.seed)
     propose = Proposals(cfg.candidates, chunks, questions, cfg.seed)
     rag, halves = load(cfg, device)
     weights = [p for parameters, _ in halves.values() for p in parameters]

@@ -95,6 +95,7 @@ def root(
       rag2 kb build docs.sqlite docs/*.md
       rag2 train joint -c configs/demo/joint.yaml steps=60 out=runs/joint
       rag2 eval compare -c configs/demo/compare.yaml out=runs/compare
+      rag2 sweep -c configs/demo/compare.yaml seed,world.seed=0,1,2 out=runs/seeds
     """
     if version:
         typer.echo(f"rag2 {__version__}")
@@ -151,6 +152,52 @@ def task(
     counts = ", ".join(f"{splits[s]} {s}" for s in ("train", "validation", "test") if splits[s])
     shown = f" ({counts})" if counts else ""
     typer.echo(f"{len(summary.questions)} questions{shown}, {len(summary.documents)} documents")
+
+
+@app.command()
+def sweep(
+    config: Annotated[
+        str,
+        typer.Option(
+            "-c",
+            "--config",
+            metavar="CONFIG.yaml",
+            help="Config of a recipe; its first line, a comment, is the recipe's command.",
+        ),
+    ],
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="KEY=A,B,C...", help="Settings and the values to try."),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list the cells.")] = False,
+) -> None:
+    """Run a recipe with every combination of settings; what is on disk and unchanged is kept.
+
+    Writes a row per cell to OUT/sweep.csv. The same command again goes on where it was cut off.
+
+    \b
+    Examples:
+      rag2 sweep -c configs/demo/compare.yaml seed,world.seed=0,1,2 out=runs/seeds
+      rag2 sweep -c configs/demo/joint.yaml lr_retriever=1e-3,2e-3 steps=100,200 out=runs/rates
+      rag2 sweep -c configs/demo/compare.yaml stage.joint.steps=100,200 --dry-run
+    """
+    from rag2.sweep.run import Sweep
+
+    planned = Sweep.of(config, settings or [])
+    if dry_run:
+        typer.echo(planned.states(), nl=False)
+        return
+    done = sum(cell.is_done() for cell in planned.cells)
+    failed = planned.run()
+    typer.echo(planned.report(failed), nl=False)
+    run = len(planned.cells) - done - len(failed)
+    typer.echo(
+        f"\n{done} cells were done, {run} run, {len(failed)} failed: {planned.out}/sweep.csv"
+    )
+    for label, reason in failed.items():
+        typer.echo(f"error: cell {label}: {reason}", err=True)
+    if failed:
+        raise SystemExit(1)
 
 
 KB = Annotated[Path, typer.Argument(metavar="KB", help="The knowledge base, an SQLite file.")]

@@ -7,9 +7,10 @@ the field it stands in, and a new `name` replaces the block instead of merging i
 
 import errno
 import inspect
+import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, Union
 
@@ -90,6 +91,20 @@ def read(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
         raise UserError(f"{path} does not hold `key: value` lines at its top level")
     return data
+
+
+def overrides(given: dict[str, Any], changes: dict[str, Any]) -> list[str]:
+    """The `key=value` words that lay a tree of changes over a file's settings.
+
+    A block that the file holds as it is needs none. Any other goes whole: what it says of a `name`
+    decides what the keys beside it mean.
+    """
+    return [
+        f"{path}={yaml12.render(value, flow=True)}"
+        for key, block in sorted(changes.items())
+        if not (key in given and _says(given[key], block))
+        for path, value in _leaves(key, block)
+    ]
 
 
 def dump(cfg: Config) -> str:
@@ -232,6 +247,22 @@ def _merge(old: Any, new: Any, standard: Any) -> Any:
         for key, value in new.items()
     }
     return old | merged
+
+
+def _leaves(path: str, block: Any) -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of every value below a block of settings."""
+    if isinstance(block, dict) and block:
+        for key, value in block.items():
+            yield from _leaves(f"{path}.{key}", value)
+    else:
+        yield path, block
+
+
+def _says(given: Any, block: Any) -> bool:
+    """Whether settings hold everything that a block of them says."""
+    if isinstance(given, dict) and isinstance(block, dict):
+        return all(key in given and _says(given[key], value) for key, value in block.items())
+    return json.dumps(given, sort_keys=True) == json.dumps(block, sort_keys=True)
 
 
 def _over(standard: Any, given: Any) -> Any:

@@ -2,6 +2,7 @@
 
 `home` holds one directory per stage (data, base, retriever, ft, ..., joint), each a run directory.
 A stage is made once; `stage.json` in it says from which settings, and other settings are refused.
+A stage may be a link to where homes share it (see `share`): those that a setting leaves alone.
 """
 
 import fcntl
@@ -15,13 +16,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from rag2 import artifact, config, stages
 from rag2.generator.bpe import train_bpe
 from rag2.kb.build import build
 from rag2.kb.chunk import TokenChunker
-from rag2.registry import UserError
+from rag2.registry import UserError, nearest
 from rag2.training.choices import World
 from rag2.training.log import progress
 from rag2.training.sequences import plain, read_rows
@@ -36,12 +37,26 @@ class Inputs(config.Config):
     """directory of the world's stages"""
     recipes: str = "configs/demo"
     """directory of the YAML files of those stages"""
+    stage: dict[str, dict[str, Any]] = {}
+    """settings of one stage over its YAML file, as in stage.joint.steps=100"""
     vocabulary: int = Field(default=2048, ge=1)
     """size of the tokenizer that is trained on the world's pretraining text"""
     chunk_tokens: int = Field(default=128, ge=1)
     """chunk length of the world's knowledge base, in tokens of that tokenizer"""
     jobs: int = Field(default=2, ge=1)
     """stages that run at once, one thread each"""
+
+    @field_validator("stage")
+    @classmethod
+    def _stages_exist(cls, stage: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        for name, settings in stage.items():
+            if name not in STAGES:
+                raise ValueError(
+                    f"unknown stage {name!r}; allowed: {', '.join(STAGES)}.{nearest(name, STAGES)}"
+                )
+            for key in settings.keys() & {*Inputs.model_fields, *PATHS, "out", "resume"}:
+                raise ValueError(f"{name}.{key} is set by the world's home, not for one stage")
+        return stage
 
 
 InputsT = TypeVar("InputsT", bound=Inputs)
@@ -129,12 +144,54 @@ def ensure(cfg: Inputs, names: Iterable[str]) -> None:
         todo = [name for name in plan.closure(names) if not plan.is_done(name)]
         if "data" in todo:
             todo.remove("data")
-            _write_data(cfg, home / "data", plan.note("data"))
+            _write_data(cfg, plan.directory("data"), plan.note("data"))
         if todo:
             jobs = [plan.job(name) for name in todo]
             for name in todo:
                 plan.mark(name, done=False)
             stages.run(jobs, cfg.jobs, plan.mark)
+
+
+def needed(cfg: Inputs) -> list[str]:
+    """The stages that a recipe with this configuration may ask of its world's home.
+
+    A comparison may ask for all; of those, the ones whose YAML file its folder does not have are
+    left out. Raises UserError for a YAML file that cannot be read.
+    """
+    plan = _Plan(cfg)
+    asked = {stage for name, (stage, _) in PATHS.items() if name in type(cfg).model_fields}
+    return [name for name in plan.closure(asked or STAGES) if plan.has_yaml(name)]
+
+
+def keys(cfg: Inputs, names: Iterable[str]) -> dict[str, str]:
+    """The key of each stage: a name with an equal key has equal results.
+
+    Raises UserError for a YAML file that cannot be read.
+    """
+    plan = _Plan(cfg)
+    return {name: plan.key(name) for name in names}
+
+
+def jobs(cfg: Inputs, names: Iterable[str]) -> list[stages.Job]:
+    """The commands that make these stages; `data` has none."""
+    plan = _Plan(cfg)
+    return [plan.job(name) for name in names if name != "data"]
+
+
+def share(cfg: Inputs, home: Path, shared: Path, names: Iterable[str]) -> None:
+    """Fill `home` with links, so that homes with equal stages have them in common.
+
+    A stage lies, or will be made, in `shared` under its name and key; only one that `cfg.home`
+    holds complete, made from the same settings, and that `shared` has not begun, is used there.
+    """
+    home.mkdir(parents=True, exist_ok=True)
+    for name, key in keys(cfg, names).items():
+        there, link = shared / f"{name}-{key[:16]}", home / name
+        complete = {"key": key, "done": True}
+        if _marked(there) is None and _marked(Path(cfg.home) / name) == complete:
+            there = Path(cfg.home) / name
+        link.unlink(missing_ok=True)
+        link.symlink_to(there.absolute())
 
 
 def _write_data(cfg: Inputs, directory: Path, note: str) -> None:
@@ -189,6 +246,19 @@ class _Plan:
         """The stages that make a stage's inputs."""
         return sorted({PATHS[i][0] for i in STAGES[name].inputs}) if name != "data" else []
 
+    def directory(self, name: str) -> Path:
+        """Where the stage lies: in `home`, or where the link there leads.
+
+        What a run notes of its paths is then the same for all homes that share a stage.
+        """
+        directory = Path(self.cfg.home) / name
+        return directory.resolve() if directory.is_symlink() else directory
+
+    def has_yaml(self, name: str) -> bool:
+        """Whether the folder of recipes has what the stage is made by."""
+        names = {name, STAGES[name].recipe} if name != "data" else set[str]()
+        return not names or any(_exists(f"{self.cfg.recipes}/{n}.yaml") for n in names)
+
     def yaml(self, name: str) -> Path:
         """The stage's own YAML file if the folder has one, else that of its recipe."""
         try:
@@ -198,16 +268,21 @@ class _Plan:
 
     def job(self, name: str) -> stages.Job:
         """The stage as a command; a stage that was cut off goes on where it was."""
-        stage, directory = STAGES[name], Path(self.cfg.home) / name
-        inputs = [f"{i}={_quoted(locate(self.cfg.home, i))}" for i in stage.inputs]
+        stage, directory = STAGES[name], self.directory(name)
+        inputs = [f"{i}={_quoted(self.directory(PATHS[i][0]) / PATHS[i][1])}" for i in stage.inputs]
         command = [
             *(sys.executable, str(config.recipe(f"train/{stage.recipe}.py"))),
             *("-c", str(self.yaml(name)), "world=null", f"out={_quoted(directory)}"),
-            *(f"seed={self.world.seed}", *inputs, *stage.overrides, "resume=true"),
+            *(f"seed={self.world.seed}", *self.changes(name), *inputs, *stage.overrides),
+            "resume=true",
         ]
-        steps = config.read(self.yaml(name)).get("steps")
+        steps = (config.read(self.yaml(name)) | self.cfg.stage.get(name, {})).get("steps")
         length = steps if isinstance(steps, int) else 0  # what else it is, the recipe will say
         return stages.Job(name, directory, command, frozenset(self.needs(name)), length)
+
+    def changes(self, name: str) -> list[str]:
+        """The overrides that `stage` adds to the YAML file; what the file says already is none."""
+        return config.overrides(config.read(self.yaml(name)), self.cfg.stage.get(name, {}))
 
     def key(self, name: str) -> str:
         """SHA-256 of what decides the stage's result: settings, and the keys of what it needs."""
@@ -217,7 +292,8 @@ class _Plan:
             if name != "data":
                 settings = config.read(self.yaml(name))
                 settings = {k: v for k, v in settings.items() if k not in Inputs.model_fields}
-                parts += [settings, STAGES[name].overrides, *map(self.key, self.needs(name))]
+                overrides = [*self.changes(name), *STAGES[name].overrides]
+                parts += [settings, overrides, *map(self.key, self.needs(name))]
             text = json.dumps(parts, sort_keys=True)
             self.keys[name] = hashlib.sha256(text.encode()).hexdigest()
         return self.keys[name]
@@ -227,8 +303,8 @@ class _Plan:
 
         Noted at its start too: a stage that was cut off goes on only under the same settings.
         """
-        directory = Path(self.cfg.home) / name
-        directory.mkdir(exist_ok=True)
+        directory = self.directory(name)
+        directory.mkdir(parents=True, exist_ok=True)
         artifact.replace(directory / MARK, self.note(name, done))
 
     def note(self, name: str, done: bool = True) -> str:
@@ -240,15 +316,10 @@ class _Plan:
 
         What was only begun under other settings is removed: nothing can go on from it.
         """
-        directory = Path(self.cfg.home) / name
-        try:
-            mark = json.loads((directory / MARK).read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        directory = self.directory(name)
+        mark = _marked(directory)
+        if mark is None:
             return False
-        except ValueError as error:
-            raise UserError(
-                f"{directory / MARK} is damaged ({error}): delete {directory}"
-            ) from None
         if mark["key"] != self.key(name) and not mark["done"]:
             shutil.rmtree(directory)
             return False
@@ -258,6 +329,24 @@ class _Plan:
                 "choose another home= (of a demo: --out), or delete it"
             )
         return mark["done"]
+
+
+def _marked(directory: Path) -> dict[str, Any] | None:
+    """What is noted of a stage, or None where none was begun; raises UserError if damaged."""
+    try:
+        return json.loads((directory / MARK).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise UserError(f"{directory / MARK} is damaged ({error}): delete {directory}") from None
+
+
+def _exists(path: str) -> bool:
+    """Whether there is a config file of that name, here or shipped."""
+    try:
+        return config.find(path).is_file()
+    except UserError:
+        return False
 
 
 def _quoted(path: Path) -> str:

@@ -20,6 +20,8 @@ from rag2.training.log import Advance, Bars
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
+LOG = "stage.log"  # in a job's directory: all that it printed
+
 # Asks Linux to kill this process when its parent (argv[1]) ends, then becomes the command. The
 # parent may have ended before the request; without ctypes or prctl the command runs all the same.
 LEASH = """
@@ -35,19 +37,32 @@ os.execvp(sys.argv[2], sys.argv[2:])
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A command that fills `directory`, after the jobs it needs; `steps` is its bar's length."""
+    """A command that fills `directory`, after the jobs it needs; `steps` is its bar's length.
+
+    Without `one_thread` it has as many threads as the same command typed by hand.
+    """
 
     name: str
     directory: Path
     command: Sequence[str]
     needs: frozenset[str]
     steps: int
+    one_thread: bool = True
+
+
+class Failed(UserError):
+    """A job that ended badly; `reason` is its last line."""
+
+    def __init__(self, job: Job, reason: str) -> None:
+        log = job.directory / LOG
+        super().__init__(f"stage {job.name} failed: {reason} (its whole output: {log})")
+        self.reason = reason
 
 
 def run(jobs: Sequence[Job], at_once: int, done: Callable[[str], None]) -> None:
     """Run every job; `done(name)` is called after each success.
 
-    Raises UserError with a failed job's last line. However it ends, no subprocess outlives it (by a
+    Raises Failed with a failed job's last line. However it ends, no subprocess outlives it (by a
     SIGKILL: on Linux), and what the others have checkpointed is there for the next try.
     """
     waiting, running = list(jobs), dict[str, _Process]()
@@ -102,28 +117,27 @@ class _Process:
     def __init__(self, job: Job, advance: Advance) -> None:
         self.job, self._advance, self._seen = job, advance, 0
         job.directory.mkdir(parents=True, exist_ok=True)
-        self._output = (job.directory / "stage.log").open("w", encoding="utf-8")
+        self._output = (job.directory / LOG).open("w", encoding="utf-8")
         self._popen = subprocess.Popen(
             _leashed(job.command),
             stdin=subprocess.DEVNULL,
             stdout=self._output,
             stderr=subprocess.STDOUT,
-            env={**os.environ, **ONE_THREAD},
+            env={**os.environ, **(ONE_THREAD if job.one_thread else {})},
         )
 
     def finished(self) -> bool:
-        """Move the bar; True after a success; raises UserError after a failure."""
+        """Move the bar; True after a success; raises Failed after a failure."""
         status = self._popen.poll()
         self._follow()
         if status is None:
             return False
         self._output.close()
-        log = self.job.directory / "stage.log"
         if status != 0:
-            lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
-            last = next((line for line in reversed(lines) if line.strip()), f"exit status {status}")
-            reason = last.strip().removeprefix("error: ")
-            raise UserError(f"stage {self.job.name} failed: {reason} (its whole output: {log})")
+            text = (self.job.directory / LOG).read_text(encoding="utf-8", errors="replace")
+            lines = (line for line in reversed(text.split("\n")) if line.strip())
+            last = next(lines, f"exit status {status}")
+            raise Failed(self.job, last.strip().removeprefix("error: "))
         self._advance(max(0, max(1, self.job.steps) - self._seen))
         return True
 

@@ -1,6 +1,8 @@
 """A JSONL file of questions, multiple-choice or open -> `Question` records, every row checked."""
 
+import hashlib
 import json
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -48,6 +50,22 @@ def split(questions: Sequence[Question], name: str) -> list[Question]:
         found = ", ".join(f"{key} ({count})" for key, count in present.items()) or "no questions"
         raise UserError(f"no question has split {name!r}; present: {found}")
     return chosen
+
+
+def subset(questions: Sequence[Question], share: float, seed: int) -> list[Question]:
+    """`share` (above 0, at most 1) of the questions, rounded up, in their order.
+
+    Which ones depends on the seed and on each question's id alone, and a smaller share lies inside
+    a larger one: with more of them nothing is taken away.
+    """
+
+    def place(question: Question) -> str:
+        return hashlib.sha256(f"{seed}/{question.id}".encode()).hexdigest()
+
+    # Without the rounding, .1 x 30 and the like would be a hair above what they stand for.
+    count = max(1, math.ceil(round(share * len(questions), 6)))
+    kept = {question.id for question in sorted(questions, key=place)[:count]}
+    return [question for question in questions if question.id in kept]
 
 
 def with_choices(questions: Sequence[Question], source: str | Path) -> Sequence[Question]:

@@ -4,6 +4,7 @@ Letters: L tokens of a sequence, B sequences.
 """
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,9 +37,28 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def read_passages(path: Path) -> list[str]:
-    """Title and text of every row of a JSONL file; UserError names a broken line."""
-    return [f"{row['title']}\n{row['text']}" for row in _rows(path, ("title", "text"))]
+def read_passages(path: Path, per_document: int | None = None) -> list[str]:
+    """Title and text of every row of a JSONL file, or of the first so many on each document.
+
+    A row names its document in `metadata.of`. Raises UserError for a broken line, and for one that
+    names no document where they are counted.
+    """
+    rows, seen = _rows(path, ("title", "text")), Counter[str]()
+    texts = []
+    for number, row in enumerate(rows, 1):
+        if per_document is not None:
+            metadata = row.get("metadata")
+            of = metadata.get("of") if isinstance(metadata, dict) else None
+            if not isinstance(of, str):
+                raise UserError(
+                    f"{path}:{number}: 'metadata.of' must name a document, so that "
+                    f"paraphrases_per_document={per_document} can count"
+                )
+            seen[of] += 1
+            if seen[of] > per_document:
+                continue
+        texts.append(f"{row['title']}\n{row['text']}")
+    return texts
 
 
 def _rows(path: Path, texts: Sequence[str]) -> list[dict[str, Any]]:

@@ -1,205 +1,28 @@
 """Numbers of results.json -> report.md."""
 
-from collections.abc import Iterable, Iterator, Sequence
-
-from rag2.evaluation.results import CONTROLS
-from rag2.evaluation.verdict import Results, interval, percent, points, verdict
-
-COLUMNS = (
-    "arm",
-    "retriever",
-    "generator",
-    "accuracy",
-    "95 % interval",
-    "K",
-    "recall@1",
-    "recall@K",
-    "control",
-    "train s",
-    "eval s",
-    "trained parameters",
-)
+from rag2.evaluation.columns import Table
+from rag2.evaluation.sections import sections
+from rag2.evaluation.verdict import Results, verdict
 
 
 def markdown(results: Results) -> str:
-    """The report as Markdown: verdict, arms, paired differences, the 2x2 table, choice of K."""
+    """The report as Markdown: the verdict, then every section."""
     seeds = " + ".join(results.get("seeds", [str(results["seed"])]))
-    sections = [
+    blocks = [
         f"# Evaluation on {results['task']}",
         f"{results['n']} test questions, seed {seeds}. **{verdict(results)}**",
-        "## Arms",
-        _table(COLUMNS, (cells(name, arm) for name, arm in results["arms"].items())),
-        "Intervals are Wilson's. Controls: "
-        + (", ".join(name for name in CONTROLS if name in results["arms"]) or "none")
-        + ". The column control is the accuracy on questions the base answers without passages.",
-        *_dropped_section(results),
-        *_group_sections(results),
-        *_seed_section(results),
-        *_paired_section(results),
-        *_grid_section(results),
-        *_selection_section(results),
     ]
-    return "\n\n".join(sections) + "\n"
+    for section in sections(results):
+        blocks.append(f"## {section.title}")
+        blocks.extend(_table(part) if isinstance(part, Table) else part for part in section.parts)
+    return "\n\n".join(blocks) + "\n"
 
 
-def cells(name: str, arm: Results) -> list[str]:
-    """The row of one arm under COLUMNS."""
-    return [
-        name,
-        arm["retriever"] or "-",
-        arm["generator"],
-        percent(arm["accuracy"]),
-        interval(arm["ci95"]),
-        "-" if arm["k"] is None else str(arm["k"]),
-        percent(arm["recall_at_1"]),
-        percent(arm["recall_at_k"]),
-        percent(arm["control_accuracy"]),
-        f"{arm['train_seconds']:.1f}",
-        f"{arm['eval_seconds']:.1f}",
-        f"{arm['trained_parameters']:,}",
-    ]
+def _table(table: Table) -> str:
+    lines = [table.header, ["---"] * len(table.header), *table.rows]
+    return "\n".join(f"| {' | '.join(map(_cell, line))} |" for line in lines)
 
 
-def _dropped_section(results: Results) -> Iterator[str]:
-    dropped = {name: arm["dropped_chunks"] for name, arm in results["arms"].items()}
-    found = ", ".join(f"{name} {count}" for name, count in dropped.items() if count)
-    if found:
-        yield f"Retrieved chunks that the prompt's budget had no room for, not read: {found}."
-
-
-def _group_sections(results: Results) -> Iterator[str]:
-    arms = results["arms"]
-    keys = sorted({key for arm in arms.values() for key in arm["groups"]})
-    labels = [
-        (key, label)
-        for key in keys
-        for label in sorted({item for arm in arms.values() for item in arm["groups"].get(key, {})})
-    ]
-    two_hop = any(arm["two_hop_accuracy"] is not None for arm in arms.values())
-    if not labels and not two_hop:
-        return
-    yield "## Accuracy by group"
-    header = ["arm", *(f"{key}: {label}" for key, label in labels), *["two-hop"] * two_hop]
-    rows = (
-        [name]
-        + [
-            percent(arm["groups"].get(key, {}).get(label, {}).get("accuracy"))
-            for key, label in labels
-        ]
-        + [percent(arm["two_hop_accuracy"])] * two_hop
-        for name, arm in arms.items()
-    )
-    yield _table(header, rows)
-
-
-def _seed_section(results: Results) -> Iterator[str]:
-    seeds = results.get("seeds")
-    if not seeds:
-        return
-    yield "## Accuracy by seed"
-    yield _table(
-        ("arm", *(f"seed {seed}" for seed in seeds)),
-        (
-            [name, *(percent(arms.get(name, {}).get("accuracy")) for arms in seeds.values())]
-            for name in results["arms"]
-        ),
-    )
-
-
-def _paired_section(results: Results) -> Iterator[str]:
-    if not results["paired"]:
-        return
-    yield "## Paired differences"
-    yield _table(
-        ("a", "b", "a - b", "95 % interval", "only a right", "only b right", "p", "p (Holm)"),
-        (
-            [
-                row["a"],
-                row["b"],
-                points(row["difference"]),
-                interval(row["ci95"], points),
-                str(row["a_only"]),
-                str(row["b_only"]),
-                f"{row['mcnemar_p']:.2g}",
-                f"{row['holm_p']:.2g}",
-            ]
-            for row in results["paired"]
-        ),
-    )
-    yield (
-        "Differences in points of accuracy on the same questions; paired bootstrap interval; "
-        "exact two-sided McNemar test; Holm over the rows of this table."
-    )
-    labels = [
-        (key, label) for key, found in results["paired"][0]["groups"].items() for label in found
-    ]
-    if labels:
-        yield "### By group"
-        yield _table(
-            ("a", "b", *(f"{key}: {label}" for key, label in labels)),
-            (
-                [
-                    row["a"],
-                    row["b"],
-                    *(_contrast(row["groups"][key][label]) for key, label in labels),
-                ]
-                for row in results["paired"]
-            ),
-        )
-        yield "a - b with its interval and the unadjusted p of the questions in each group."
-
-
-def _contrast(test: Results) -> str:
-    where = interval(test["ci95"], points)
-    return f"{points(test['difference'])} {where}, p = {test['mcnemar_p']:.2g}"
-
-
-def _grid_section(results: Results) -> Iterator[str]:
-    grid = results.get("grid_2x2")
-    if not grid:
-        return
-    yield "## Which half earned it"
-    yield _table(
-        ("retriever", *(f"generator: {name}" for name in grid["generator"])),
-        (
-            [row, *map(percent, values)]
-            for row, values in zip(grid["retriever"], grid["accuracy"], strict=True)
-        ),
-    )
-    effects = (
-        f"{name} {points(effect['difference'])} {interval(effect['ci95'], points)}"
-        for name, effect in grid["effects"].items()
-    )
-    yield "Effect of joint training in points: " + "; ".join(effects) + "."
-
-
-def _selection_section(results: Results) -> Iterator[str]:
-    selection = results["k_selection"]
-    if not selection["chosen"]:
-        return
-    yield "## Choice of K"
-    yield _table(
-        ("arm", "K chosen", "temperature", f"{selection['split']} accuracy", "test accuracy"),
-        (
-            [
-                name,
-                str(k),
-                f"{selection['temperature'][name]:g}",
-                percent(selection["accuracy"][name]),
-                percent(results["arms"][name]["accuracy"]),
-            ]
-            for name, k in selection["chosen"].items()
-        ),
-    )
-    if selection["oracle_test"]:
-        oracle = (
-            f"{name} K = {k} ({percent(selection['oracle_test_accuracy'][name])})"
-            for name, k in selection["oracle_test"].items()
-        )
-        text = "; ".join(oracle)
-        yield f"Oracle, chosen on the test answers and therefore no result: {text}."
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+def _cell(text: str) -> str:
+    """A bar or a line break inside a cell would end it."""
+    return " ".join(text.replace("|", "\\|").split())

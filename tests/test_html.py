@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import io
+import itertools
 import json
 import re
 import shutil
@@ -208,6 +209,40 @@ def test_a_long_loss_curve_keeps_its_mean_and_its_peaks(rng):
     band = np.asarray(axes.collections[0].get_paths()[0].vertices)
     assert len(line) == curves.BINS and line.mean() == pytest.approx(values.mean(), rel=0.02)
     assert (band[:, 1].min(), band[:, 1].max()) == (values.min(), values.max())
+
+
+@pytest.mark.parametrize("spread_of", [0.0, 0.02, 1.0])
+def test_names_of_points_never_overlap(rng, spread_of: float):
+    names = [f"arm_{'x' * (number % 9)}" for number in range(14)]
+    x_N = (100 * np.exp(spread_of * rng.normal(size=14))).tolist()
+    y_N = (70 + 10 * spread_of * rng.normal(size=14)).tolist()
+    with canvas.style():
+        figure = canvas.figure(3.6)
+        axes = figure.add_subplot()
+        axes.plot(x_N, y_N, "o")
+        axes.set_xscale("log")
+        axes.set_ylim(0, 105)
+        canvas.label_points(figure, axes, x_N, y_N, names)
+        figure.set_dpi(250)  # as for a PNG
+        figure.draw_without_rendering()
+        labels = [text for text in axes.texts if text.get_text()]
+        boxes = [text.get_window_extent() for text in labels]
+    assert sorted(text.get_text() for text in labels) == sorted(names)
+    points = axes.transData.transform(np.column_stack([x_N, y_N]))
+    for a, b in itertools.combinations(boxes, 2):
+        assert not a.overlaps(b)
+    assert not [box for box in boxes if any(box.contains(*point) for point in points)]
+
+
+@pytest.mark.parametrize("longest", [1.1, 3.0, 90.0, 1e6])
+def test_the_axis_of_seconds_always_has_numbers(written, longest: float):
+    results = json.loads(json.dumps(written[0]))
+    for number, arm in enumerate(results["arms"].values()):
+        arm |= {"train_seconds": 100.0 * longest ** (number / 2), "eval_seconds": 1.0}
+    svg = pictures(results, {})["cost"].svg
+    numbers = re.findall(r"<text[^>]*text-anchor: middle[^>]*>([^<]*)</text>", svg)
+    assert 2 <= sum(text.replace(".", "").replace("e+", "").isdigit() for text in numbers) <= 12
+    assert "$" not in svg
 
 
 def test_equal_evaluations_give_equal_bytes(written, tmp_path):

@@ -8,6 +8,7 @@ apart; in the SVG each is a variable of the page, which has a lighter set for da
 
 import io
 import itertools
+import math
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -184,42 +185,65 @@ def label_points(
     y_N: Sequence[float],
     names: Sequence[str],
 ) -> None:
-    """Write a name beside each point, where it covers neither a point nor another name."""
-    figure.draw_without_rendering()
-    taken = [
-        (x - 6, y - 6, x + 6, y + 6)
-        for x, y in axes.transData.transform(list(zip(x_N, y_N, strict=True)))
-    ]
-    frame = axes.get_window_extent().extents
-    near = [(7, 0, "left"), (-7, 0, "right"), (0, 10, "center"), (0, -10, "center")]
-    far = [(x, y, "left" if x > 0 else "right") for y in range(10, 100, 10) for x in (8, -8)]
-    far = [place for x, y, side in far for place in ((x, -y, side), (x, y, side))]
-    for x, y, name in sorted(zip(x_N, y_N, names, strict=True)):
-        for dx, dy, side in near + far:
-            text = axes.annotate(
-                name,
-                (x, y),
-                (dx, dy),
+    """Write a name beside each point: at the nearest place where it covers no point and no name.
+
+    A name that had to go further gets a line to its point.
+    """
+    figure.draw_without_rendering()  # only now is it settled where points lie
+    points = axes.transData.transform(list(zip(x_N, y_N, strict=True))).tolist()
+    taken = [(x - 8, y - 8, x + 8, y + 8) for x, y in points]
+    scale = 72 / figure.dpi  # points, unlike pixels, stay as far apart when saved at another dpi
+    left, bottom, right, top = axes.get_window_extent().extents
+    frame = (left, bottom, right, top)
+    for (x, y), where, name in sorted(zip(points, zip(x_N, y_N, strict=True), names, strict=True)):
+        text = axes.annotate(
+            name,
+            where,
+            (0, 0),
+            textcoords="offset points",
+            ha="center",
+            va="center",
+            fontsize=8,
+        )
+        text.set_in_layout(False)
+        size = text.get_window_extent()
+        boxes = [_box(x + dx, y + dy, size.width, size.height) for dx, dy in _around(size.width)]
+        free = (
+            box
+            for box in boxes
+            if _inside(box, frame) and not any(_overlap(box, other) for other in taken)
+        )
+        box = next(free, boxes[0])  # on a full plot names may overlap
+        taken.append(box)
+        dx, dy = (box[0] + box[2]) / 2 - x, (box[1] + box[3]) / 2 - y
+        text.set_position((dx * scale, dy * scale))
+        if box not in boxes[:4]:
+            axes.annotate(
+                "",
+                where,
+                (dx * scale, (dy - math.copysign(size.height / 2, dy)) * scale),
                 textcoords="offset points",
-                ha=side,
-                va="center",
-                fontsize=8,
-                arrowprops={"arrowstyle": "-", "color": MUTED, "lw": 0.5, "shrinkB": 3}
-                if abs(dy) > 10
-                else None,
-            )
-            text.set_in_layout(False)
-            left, low, right, high = text.get_window_extent().extents
-            box = (left, low, right, high)
-            inside = frame[0] <= box[0] and frame[1] <= box[1]
-            inside = inside and box[2] <= frame[2] and box[3] <= frame[3]
-            if inside and not any(_overlap(box, other) for other in taken):
-                taken.append(box)
-                break
-            text.remove()
-        else:
-            raise AssertionError(f"no room for {name!r}")
+                arrowprops={"arrowstyle": "-", "color": MUTED, "lw": 0.5},
+            ).set_in_layout(False)
 
 
-def _overlap(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
+Box = tuple[float, float, float, float]  # left, bottom, right, top in pixels
+
+
+def _around(width: float) -> list[tuple[float, float]]:
+    """Where a name's middle may stand from its point, best first: beside it, then ever further."""
+    beside = [(10 + width / 2, 0.0), (-10 - width / 2, 0.0), (0.0, 16.0), (0.0, -16.0)]
+    grid = itertools.product(range(-240, 241, 12), range(-240, 241, 8))
+    return beside + sorted(grid, key=lambda place: abs(place[0]) + 2 * abs(place[1]))
+
+
+def _box(x: float, y: float, width: float, height: float) -> Box:
+    return (x - width / 2, y - height / 2, x + width / 2, y + height / 2)
+
+
+def _inside(a: Box, b: Box) -> bool:
+    return b[0] <= a[0] and b[1] <= a[1] and a[2] <= b[2] and a[3] <= b[3]
+
+
+def _overlap(a: Box, b: Box) -> bool:
     return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]

@@ -194,19 +194,24 @@ def _cost(results: Results) -> Plot | None:
     }
     if len(found) < 2:
         return None
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     figure = canvas.figure(3.6)
     axes = figure.add_subplot()
     for name, (seconds, value) in found.items():
         _, color, marker = ROLES[canvas.role(name, results["arms"][name])]
         axes.plot(seconds, value, marker, color=color, markersize=7)
     axes.set_xscale("log")
+    seconds_N, values_N = zip(*found.values(), strict=True)
+    steps = (1.0,) if max(seconds_N) > 300 * min(seconds_N) else (1.0, 2.0, 5.0)
+    axes.xaxis.set_major_locator(LogLocator(subs=steps))
     axes.xaxis.set_major_formatter(lambda seconds, _: f"{seconds:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.margins(x=0.16)
     axes.set_ylim(0, 105)
     axes.set_xlabel("training + evaluation in seconds")
     axes.set_ylabel("accuracy in %")
     canvas.legend_of_roles(figure, [canvas.role(name, results["arms"][name]) for name in found])
-    seconds_N, values_N = zip(*found.values(), strict=True)
     canvas.label_points(figure, axes, seconds_N, values_N, list(found))
     caption = "Cost against accuracy; controls are left out."
     return Plot("cost", caption, figure)

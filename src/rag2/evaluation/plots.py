@@ -194,7 +194,7 @@ def _cost(results: Results) -> Plot | None:
     }
     if len(found) < 2:
         return None
-    from matplotlib.ticker import LogLocator, NullFormatter
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
     figure = canvas.figure(3.6)
     axes = figure.add_subplot()
@@ -203,8 +203,12 @@ def _cost(results: Results) -> Plot | None:
         axes.plot(seconds, value, marker, color=color, markersize=7)
     axes.set_xscale("log")
     seconds_N, values_N = zip(*found.values(), strict=True)
-    steps = (1.0,) if max(seconds_N) > 300 * min(seconds_N) else (1.0, 2.0, 5.0)
-    axes.xaxis.set_major_locator(LogLocator(subs=steps))
+    ratio = max(seconds_N) / min(seconds_N)
+    axes.xaxis.set_major_locator(
+        MaxNLocator(5, steps=[1, 2, 5, 10])
+        if ratio < 5
+        else LogLocator(subs=(1.0, 2.0, 5.0) if ratio < 300 else (1.0,))
+    )
     axes.xaxis.set_major_formatter(lambda seconds, _: f"{seconds:g}")
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.margins(x=0.16)

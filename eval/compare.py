@@ -20,7 +20,7 @@ from pydantic import Field
 from rich.console import Console
 
 from rag2 import config, pipeline
-from rag2.evaluation import arms, report, score, select, trial
+from rag2.evaluation import arms, files, report, score, select, trial
 from rag2.evaluation.arms import Arm
 from rag2.evaluation.environment import environment
 from rag2.evaluation.outcome import ArmResult
@@ -100,7 +100,9 @@ def main(cfg: CompareConfig) -> dict:
         constant = score.constant(sets.test, position)
         results.append(ArmResult.of("majority", sets.test, constant, generator="majority"))
     summary = summarize(task(cfg), results, seed=cfg.seed, environment=environment())
-    report.write(Path(cfg.out), summary, results)
+    passages = {chunk.id: chunk.passage for chunk in systems.chunks}
+    logs = files.read_logs(Path(cfg.home)) if cfg.world else {}
+    report.write(Path(cfg.out), summary, results, passages=passages, logs=logs)
     Console().print(report.terminal_table(summary))
     return summary
 

@@ -114,8 +114,8 @@ def test_mutual_information_takes_off_what_a_choice_is_worth_without_any_context
 def test_concat_reads_the_joint_prompt_and_equals_the_mixture_below_two_chunks(rng):
     scores = make_scores(rng)
     for k in (0, 1):
-        both = [score.read(scores, reading, k, 3.0) for reading in score.READINGS]
-        np.testing.assert_array_equal(*both)
+        mixed, joint = (score.read(scores, reading, k, 3.0) for reading in score.READINGS)
+        np.testing.assert_array_equal(mixed, joint)
     np.testing.assert_array_equal(score.read(scores, "concat", 3), scores.concat[3])
     picks_Q = score.predict(scores.concat[3])
     (first, *_) = score.retrieved(scores, "concat", 3, 1.0, picks_Q)
@@ -194,7 +194,7 @@ def test_validation_chooses_the_reading_too_and_by_k_lists_what_it_chose_from(rn
     answers_Q = rng.integers(0, 4, 40)
     logp_QC = np.full((40, 4), -8.0)
     logp_QC[np.arange(40), answers_Q] = -0.01
-    helped = replace(scores, concat=scores.concat | {3: logp_QC})
+    helped = replace(scores, concat={**scores.concat, 3: logp_QC})
     choice = select.choose(helped, answers_Q, readings=score.READINGS)
     assert (choice.reading, choice.k, choice.validation_accuracy) == ("concat", 3, 1.0)
     assert select.choose(helped, answers_Q).reading == "marginal"

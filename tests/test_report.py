@@ -74,7 +74,7 @@ def test_results_have_the_documented_keys_and_round_trip(tmp_path):
 
 def test_two_runs_are_equal_but_for_their_times():
     results, arms = make_results(joint=300, rival=250)
-    slow = [replace(arm, train_seconds=arm.train_seconds + 9, eval_seconds=99.0) for arm in arms]
+    slow = [replace(arm, train_seconds=99.0, eval_seconds=99.0) for arm in arms]
     slower = report.summarize("almanac", slow, seed=0, environment=ENVIRONMENT)
     assert slower != results and report.strip_times(slower) == report.strip_times(results)
     assert "seconds" not in json.dumps(report.strip_times(results))

@@ -55,6 +55,10 @@ RECIPES = {
             "Measure how often the evidence is retrieved.",
             "configs/demo/recall.yaml retriever=runs/retriever/final/retriever out=runs/recall",
         ),
+        "report": (
+            "Write the report of a comparison again, from its files.",
+            "configs/demo/report.yaml results=runs/compare",
+        ),
     },
 }
 

@@ -1,0 +1,95 @@
+"""The columns of tables of arms, and what a table of the report is."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from rag2.evaluation.verdict import Results, interval, percent
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Cells as text; the first `labels` columns are words, the others numbers."""
+
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    labels: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """What stands under one heading."""
+
+    title: str
+    parts: tuple[Table | str, ...]
+
+
+class Column(NamedTuple):
+    """A column of a table of arms: heading, key in results.json, how its value is written."""
+
+    title: str
+    key: str
+    form: Callable[[Any], str] = str
+
+
+def _mebibytes(count: float) -> str:
+    return f"{count / 2**20:,.0f} MiB"
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.1f}"
+
+
+def _count(number: int) -> str:
+    return f"{number:,}"
+
+
+def gain(share: float) -> str:
+    """A relative change in percent, with its sign."""
+    return f"{100 * share:+.1f} %"
+
+
+ARMS = (
+    Column("retriever", "retriever"),
+    Column("generator", "generator"),
+    Column("reading", "reading"),
+    Column("accuracy", "accuracy", percent),
+    Column("95 % interval", "ci95", interval),
+    Column("K", "k"),
+    Column("recall@1", "recall_at_1", percent),
+    Column("recall@K", "recall_at_k", percent),
+    Column("relative gain", "relative_gain", gain),
+    Column("control", "control_accuracy", percent),
+)
+SCORES = (
+    Column("log-likelihood", "accuracy", percent),
+    Column("per character", "acc_norm", percent),
+    Column("per byte", "acc_bytes", percent),
+    Column("mutual information", "acc_mutual_info", percent),
+    Column("debiased", "debiased_accuracy", percent),
+)
+COST = (
+    Column("train s", "train_seconds", _seconds),
+    Column("eval s", "eval_seconds", _seconds),
+    Column("eval tokens", "eval_tokens", _count),
+    Column("peak memory", "peak_memory_bytes", _mebibytes),
+    Column("trained parameters", "trained_parameters", _count),
+)
+
+
+def cell(arm: Results, column: Column) -> str:
+    """One arm's value in a column; `-` where there is none."""
+    value = arm.get(column.key)
+    return "-" if value is None else column.form(value)
+
+
+def table_of_arms(results: Results, columns: tuple[Column, ...], labels: int = 1) -> Table:
+    """A row an arm; a column that no arm has a value for is left out, unless it is a label."""
+    arms = results["arms"]
+    kept = [
+        column
+        for number, column in enumerate(columns, 1)
+        if number < labels or any(arm.get(column.key) is not None for arm in arms.values())
+    ]
+    rows = ((name, *(cell(arm, column) for column in kept)) for name, arm in arms.items())
+    return Table(("arm", *(column.title for column in kept)), tuple(rows), labels)

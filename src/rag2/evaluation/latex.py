@@ -1,0 +1,57 @@
+"""Numbers of results.json -> report.tex, the table of arms for a paper."""
+
+import re
+
+from rag2.evaluation.columns import ARMS, cell
+from rag2.evaluation.results import CONTROLS
+from rag2.evaluation.verdict import Results, interval, verdict
+
+COLUMNS = [column for column in ARMS if column.key in ("k", "recall_at_1")]
+ESCAPES = {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+} | {sign: rf"\{sign}" for sign in "&%$#_{}"}
+
+
+def latex(results: Results) -> str:
+    r"""A table for \usepackage{booktabs}: accuracy with interval, K, recall@1; best arm in bold."""
+    arms = results["arms"]
+    best = max(
+        (arm["accuracy"] for name, arm in arms.items() if name not in CONTROLS), default=None
+    )
+    lines = []
+    for name, arm in arms.items():
+        accuracy = f"{100 * arm['accuracy']:.1f}"
+        if arm["accuracy"] == best and name not in CONTROLS:
+            accuracy = rf"\textbf{{{accuracy}}}"
+        shown = [cell(arm, column).removesuffix(" %") for column in COLUMNS]
+        words = (escaped(name), f"{accuracy} {interval(arm['ci95'])}", *map(_dash, shown))
+        lines.append(f"{' & '.join(words)} \\\\")
+    rows = "\n".join(lines)
+    return rf"""% needs \usepackage{{booktabs}}
+\begin{{table}}
+\centering
+\caption{{Accuracy on {escaped(str(results["task"]))}, {results["n"]} questions, in percent with
+95\,\% intervals (Wilson). {escaped(verdict(results))}}}
+\begin{{tabular}}{{lrrr}}
+\toprule
+Arm & Accuracy & $K$ & Recall@1 \\
+\midrule
+{rows}
+\bottomrule
+\end{{tabular}}
+\end{{table}}
+"""
+
+
+def escaped(text: str) -> str:
+    """Text as TeX prints it, on one line."""
+    signs = "|".join(map(re.escape, ESCAPES))
+    return re.sub(signs, lambda found: ESCAPES[found[0]], " ".join(text.split()))
+
+
+def _dash(text: str) -> str:
+    return "--" if text == "-" else text

@@ -142,7 +142,8 @@ def test_both_readings_equal_a_computation_by_hand_one_full_sequence_a_pair(
             concat_QC = score.read(found, "concat", k)
             np.testing.assert_allclose(concat_QC[row], by_hand(question, picked[:k]), atol=1e-4)
             prior_K = log_softmax(scores_QK[row, :k] / 2.0)
-            mixed = logsumexp([p + by_hand(question, [i]) for p, i in zip(prior_K, picked)], 0)  # noqa: B905
+            alone_KC = np.stack([by_hand(question, [chunk]) for chunk in picked[:k]])
+            mixed = np.asarray(logsumexp(prior_K[:, None] + alone_KC, axis=0))
             marginal_QC = score.read(found, "marginal", k, 2.0)
             np.testing.assert_allclose(marginal_QC[row], mixed, atol=1e-4)
             assert np.abs(concat_QC[row] - marginal_QC[row]).max() > 1e-3

@@ -55,7 +55,7 @@ def make_arms(rng: np.random.Generator, n: int) -> list[ArmResult]:
             ids_QK=np.argsort(rng.random((n, 40)), axis=1)[:, :3].astype(np.int64),
         )
 
-    rag = {"recall_at_1": 0.5, "recall_at_k": 0.75, "eval_seconds": 2.0}
+    rag: dict[str, Any] = {"recall_at_1": 0.5, "recall_at_k": 0.75, "eval_seconds": 2.0}
     return [
         ArmResult.of("base", asked, scores(), eval_seconds=1.0),
         ArmResult.of("frozen_rag", asked, scores(), choice, retriever="warm", **rag),

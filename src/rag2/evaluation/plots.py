@@ -187,9 +187,11 @@ def _significance(results: Results) -> Plot | None:
 
 
 def _cost(results: Results) -> Plot | None:
+    # An arm with a part from elsewhere has no known cost.
+    known = {n: arm for n, arm in results["arms"].items() if arm["train_seconds"] is not None}
     found = {
         name: (arm["train_seconds"] + arm["eval_seconds"], 100 * arm["accuracy"])
-        for name, arm in results["arms"].items()
+        for name, arm in known.items()
         if name not in CONTROLS and arm["train_seconds"] + arm["eval_seconds"] > 0
     }
     if len(found) < 2:

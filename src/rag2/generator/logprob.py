@@ -5,7 +5,6 @@ continuation tokens of all pairs in one line, V vocabulary. Log-softmax is in fp
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +12,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from rag2.generator.head import Model, Rows, hidden_at, logits_at, plain_weight
+from rag2.generator.head import Model, Rows, evaluating, hidden_at, logits_at, plain_weight
 from rag2.generator.pairs import (
     Ids,
     Pair,
@@ -91,7 +90,7 @@ def choice_logprobs(
     groups = shared_prefixes([request.context_ids for request in requests])
     alone = Group(0, [i for g in groups if not g.shared for i in g.members])
     groups = [group for group in groups if group.shared]
-    with _evaluating(model):
+    with evaluating(model):
         for batch in token_batches([(1, group.shared) for group in groups], batch_tokens):
             some = [groups[i] for i in batch]
             prefixes = [requests[g.members[0]].context_ids[: g.shared] for g in some]
@@ -108,7 +107,7 @@ def choice_logprobs(
 def pair_logprobs(model: Model, pairs: Sequence[Pair], batch_tokens: int = 8192) -> list[float]:
     """log p(continuation | context) in nats from one full sequence per pair: the slow reference."""
     result = [0.0] * len(pairs)
-    with _evaluating(model):
+    with evaluating(model):
         for batch in token_batches([(1, length(p)) for p in pairs], batch_tokens):
             inputs, rows, labels_M = lay_out(model, [pairs[i] for i in batch])
             logits_MV, _ = logits_at(model, rows, **inputs, use_cache=False)
@@ -235,15 +234,3 @@ def _label_logp(logits_MV: Tensor, labels_M: Tensor) -> Tensor:
 def _log_softmax(logits_MV: Tensor) -> Tensor:
     """In fp32, or fp64 for fp64 logits."""
     return logits_MV.to(torch.promote_types(logits_MV.dtype, torch.float32)).log_softmax(-1)
-
-
-@contextmanager
-def _evaluating(model: Model) -> Iterator[None]:
-    """Evaluation mode inside; afterwards every module is in the mode it had."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

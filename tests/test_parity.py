@@ -106,9 +106,7 @@ def evaluated(model: Any, tokenizer: Any, tasks: list[dict], count: int) -> dict
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    lm = HFLM(
-        pretrained=model, tokenizer=tokenizer, batch_size=1, device="cpu", logits_cache=False
-    )
+    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1, device="cpu", logits_cache=False)
     results = lm_eval.simple_evaluate(
         model=lm,
         tasks=tasks,
@@ -178,9 +176,7 @@ def faults(model: Any, tokenizer: Any) -> dict[str, Callable]:
 
     def softmax_in_bf16(texts):
         with torch.no_grad():
-            return [
-                float(sum(bf16(model, pair))) for pair in encode_pairs(tokenizer, texts)
-            ]
+            return [float(sum(bf16(model, pair))) for pair in encode_pairs(tokenizer, texts)]
 
     def split_one_too_early(texts):
         pairs = encode_pairs(tokenizer, texts)

@@ -11,9 +11,7 @@ from typing import Any
 from rag2.types import Question
 
 SUBJECTS = ["anatomy", "astronomy", "college_biology", "college_chemistry", "prehistory"]
-DESCRIPTION = (
-    "The following are multiple choice questions (with answers) about {subject}.\n\n"
-)
+DESCRIPTION = "The following are multiple choice questions (with answers) about {subject}.\n\n"
 TEXTS = {
     "letters": "{{question.strip()}}\nA. {{choices[0]}}\nB. {{choices[1]}}\nC. {{choices[2]}}\n"
     "D. {{choices[3]}}\nAnswer:",
@@ -21,8 +19,30 @@ TEXTS = {
 }
 WORDS = [
     *("the", "orbit", "of", "a", "planet", "nerve", "bone", "cell", "is", "about", "two", "first"),
-    *("carbon", "tools", "were", "found", "in", "which", "1987", "3.5", "x^2", "H2O", "\u03b2-decay"),
-    *("\u00e9tude", '"quoted"', "comma,", "half-life", "{{braces}}", "\u65e5\u672c", "\n\n", "  ", "\t"),
+    *(
+        "carbon",
+        "tools",
+        "were",
+        "found",
+        "in",
+        "which",
+        "1987",
+        "3.5",
+        "x^2",
+        "H2O",
+        "\u03b2-decay",
+    ),
+    *(
+        "\u00e9tude",
+        '"quoted"',
+        "comma,",
+        "half-life",
+        "{{braces}}",
+        "\u65e5\u672c",
+        "\n\n",
+        "  ",
+        "\t",
+    ),
 ]
 
 
@@ -35,9 +55,7 @@ def folder(tmp_path: Path, dice: random.Random, count: int) -> Path:
         for subject in SUBJECTS:
             path = tmp_path / "mmlu" / name / f"{subject}_{name}.csv"
             with path.open("w", newline="", encoding="utf-8") as file:
-                csv.writer(file).writerows(
-                    _row(dice) for _ in range(5 if name == "dev" else count)
-                )
+                csv.writer(file).writerows(_row(dice) for _ in range(5 if name == "dev" else count))
     return tmp_path / "mmlu"
 
 
@@ -67,9 +85,7 @@ def read(data: Path, name: str, subject: str) -> list[Question]:
 
 def write(path: Path, questions: Iterable[Question]) -> Path:
     """The questions as the JSON lines that a task reads."""
-    rows = [
-        {"question": q.question, "choices": q.choices, "answer": q.answer} for q in questions
-    ]
+    rows = [{"question": q.question, "choices": q.choices, "answer": q.answer} for q in questions]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 

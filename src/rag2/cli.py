@@ -51,6 +51,10 @@ RECIPES = {
             "Measure how often the evidence is retrieved.",
             "configs/demo/recall.yaml retriever=runs/retriever/final/retriever out=runs/recall",
         ),
+        "speed": (
+            "Time the scoring of choices against lm-evaluation-harness.",
+            "configs/demo/speed.yaml out=runs/speed",
+        ),
     },
 }
 

@@ -1,4 +1,4 @@
-"""A seed -> made-up questions in the usual settings of multiple choice, and what scoring them costs.
+"""A seed -> made-up multiple-choice questions in their usual settings, and what they cost.
 
 For measurements of speed: the texts mean nothing, their lengths and what they share are realistic.
 """
@@ -37,7 +37,7 @@ class Writer:
 
     def __init__(self, seed: int) -> None:
         self.dice = random.Random(seed)
-        self.lexicon = ["".join(self._syllables()) for _ in range(3000)]
+        self.lexicon = ["".join(self._syllables()) for _ in range(8000)]
 
     def _syllables(self) -> list[str]:
         count = self.dice.randint(1, 4)

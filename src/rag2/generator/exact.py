@@ -1,4 +1,4 @@
-"""(context, continuation) ids -> log-probability by one whole forward each: what others are held to.
+"""(context, continuation) ids -> log-probability by a whole forward each: the slow reference.
 
 Letters: L tokens, T continuation tokens, V vocabulary.
 """

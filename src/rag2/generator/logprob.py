@@ -29,7 +29,8 @@ from rag2.generator.past import Past, shares_past
 from rag2.generator.prefixes import Group, shared_prefixes
 from rag2_kernels import answer_logprob
 
-
+# A prefix of fewer tokens, such as the beginning of text alone, is read faster than it is shared.
+SHORT = 8
 Answer = tuple[float, bool]  # log p(continuation | context) in nats; whether it is the greedy one
 
 
@@ -110,8 +111,8 @@ def choice_answers(
     check_pairs(model, pairs)
     result: list[list[Answer]] = [[] for _ in requests]
     groups = shared_prefixes([request.context_ids for request in requests])
-    alone = Group(0, [i for g in groups if not g.shared for i in g.members])
-    groups = [group for group in groups if group.shared]
+    alone = Group(0, [i for g in groups if g.shared < SHORT for i in g.members])
+    groups = [group for group in groups if group.shared >= SHORT]
     with evaluating(model):
         for batch in token_batches([(1, group.shared) for group in groups], batch_tokens, 0):
             some = [groups[i] for i in batch]
@@ -197,7 +198,8 @@ def _rest_answers(
 
 def _picked(logp_MV: Tensor, row_N: Tensor, label_N: Tensor) -> tuple[Tensor, Tensor]:
     """log p of the labels at the rows, and 1 where another token is the most likely one."""
-    return logp_MV[row_N, label_N], (logp_MV.argmax(-1)[row_N] != label_N).long()
+    # Added up in fp64: the log p of a long text is some hundreds of nats.
+    return logp_MV[row_N, label_N].double(), (logp_MV.argmax(-1)[row_N] != label_N).long()
 
 
 def _summed(tokens: tuple[Tensor, Tensor], sequence_N: Tensor, count: int) -> list[Answer]:

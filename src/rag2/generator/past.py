@@ -1,6 +1,7 @@
 """What a model has read: a cache whose rows can be copied and read on from.
 
-Letters: R rows, P positions in the cache, L (or q) tokens to read next, M rows of logits, V vocabulary.
+Letters: R rows, P positions in the cache, L (or q) tokens to read
+next, M rows of logits, V vocabulary.
 """
 
 import copy

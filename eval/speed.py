@@ -8,6 +8,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,13 @@ from rag2.generator.logprob import score_choices
 from rag2.generator.pairs import encode_pairs
 from rag2.registry import UserError
 
-SHAPE = {"hidden": 256, "layers": 8, "heads": 8, "intermediate": 704, "max_positions": 2048}
+SHAPE: dict[str, Any] = {
+    "hidden": 256,
+    "layers": 8,
+    "heads": 8,
+    "intermediate": 704,
+    "max_positions": 2048,
+}
 VOCABULARY = 8192  # a quarter of the weights is the head's, as in Qwen3-0.6B
 # On a CPU lm-evaluation-harness's "auto" always finds its ceiling of 64; it is timed as 64, without
 # the minutes that finding out takes it.
@@ -134,20 +141,20 @@ def _resident(field: str) -> float:
 def _harness() -> Callable[[Generator, list[tuple[str, str]], int], Callable]:
     """(generator, requests, batch size) -> lm-evaluation-harness's run of them, its cache on."""
     try:
-        from lm_eval.api.instance import Instance
-        from lm_eval.models.huggingface import HFLM
+        instance: Any = import_module("lm_eval.api.instance").Instance
+        hflm: Any = import_module("lm_eval.models.huggingface").HFLM
     except ImportError:
         raise UserError("eval speed measures against lm-eval: pip install 'rag2[lmeval]'") from None
 
     def side(generator: Generator, texts: list[tuple[str, str]], size: int) -> Callable:
-        lm = HFLM(
+        lm = hflm(
             pretrained=generator.model,
             tokenizer=generator.tokenizer,
             batch_size=size,
             device="cpu",
             logits_cache=True,
         )
-        requests = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(texts)]
+        requests = [instance("loglikelihood", {}, pair, i) for i, pair in enumerate(texts)]
         return lambda: [logp for logp, _ in lm.loglikelihood(requests, disable_tqdm=True)]
 
     return side

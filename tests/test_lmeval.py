@@ -1,5 +1,6 @@
 """Arms as models of lm-evaluation-harness: its own tasks, our numbers, and what was read."""
 
+import importlib
 import json
 import os
 from pathlib import Path
@@ -65,20 +66,23 @@ def tasks(tmp_path: Path, docs) -> Path:
 
 def evaluated(tasks: Path, model: Any, **settings: Any) -> list[dict[str, Any]]:
     """The samples of the task, in the order of the file, as lm-evaluation-harness logs them."""
-    import lm_eval
-    from lm_eval.tasks import TaskManager
-
-    import rag2.lmeval  # noqa: F401 (registers the model)
-
+    # Imported by name: lm_eval's decorators hide the signatures from a type checker.
+    lm_eval, managers = map(importlib.import_module, ("lm_eval", "lm_eval.tasks"))
+    importlib.import_module("rag2.lmeval")
     results = lm_eval.simple_evaluate(
         model=model,
         model_args=settings or None,
         tasks=["local_questions"],
         bootstrap_iters=0,
-        task_manager=TaskManager(include_path=str(tasks), include_defaults=False),
+        task_manager=managers.TaskManager(include_path=str(tasks), include_defaults=False),
     )
     assert results and "acc,none" in results["results"]["local_questions"]
     return sorted(results["samples"]["local_questions"], key=lambda sample: sample["doc_id"])
+
+
+def hflm(**settings: Any) -> Any:
+    """lm-evaluation-harness's own model."""
+    return importlib.import_module("lm_eval.models.huggingface").HFLM(**settings)
 
 
 def answers(samples: list[dict[str, Any]]) -> list[list[tuple[float, bool]]]:
@@ -86,11 +90,9 @@ def answers(samples: list[dict[str, Any]]) -> list[list[tuple[float, bool]]]:
 
 
 def test_closed_book_says_what_lm_evaluation_harness_says_itself(home, tasks):
-    from lm_eval.models.huggingface import HFLM
-
     ours = answers(evaluated(tasks, "rag2", generator=str(home / "generator")))
     path = str(home / "generator")
-    theirs = HFLM(pretrained=path, device="cpu", batch_size=1, dtype="float32", logits_cache=False)
+    theirs = hflm(pretrained=path, device="cpu", batch_size=1, dtype="float32", logits_cache=False)
     expected = answers(evaluated(tasks, theirs))
     assert len(ours) == 4 and all(len(row) == 6 for row in ours), "with and without context"
     for got, wanted in zip(ours, expected, strict=True):
@@ -157,9 +159,8 @@ def test_passages_stand_before_the_question_or_in_front_of_everything():
 
 
 def instance(kind: Any, doc: dict, *arguments: Any) -> Any:
-    from lm_eval.api.instance import Instance
-
-    return Instance(kind, doc, arguments, 0, ("made_up", 0, 1))
+    instances = importlib.import_module("lm_eval.api.instance")
+    return instances.Instance(kind, doc, arguments, 0, ("made_up", 0, 1))
 
 
 def test_generation_is_greedy_and_ends_before_a_stop_string(home):
@@ -181,12 +182,10 @@ def test_generation_is_greedy_and_ends_before_a_stop_string(home):
 
 
 def test_rolling_windows_cover_a_long_text_as_lm_evaluation_harness_cuts_it(home, chunks):
-    from lm_eval.models.huggingface import HFLM
-
     from rag2.lmeval import Rag
 
     path = str(home / "generator")
-    theirs = HFLM(pretrained=path, device="cpu", batch_size=1, dtype="float32")
+    theirs = hflm(pretrained=path, device="cpu", batch_size=1, dtype="float32")
     text = " ".join(chunk.text for chunk in chunks)[:4000]
     request = instance("loglikelihood_rolling", {}, text)
     assert len(theirs.tok_encode(text)) > theirs.max_length

@@ -1,5 +1,6 @@
 """Every prompt and every log-likelihood against lm-evaluation-harness itself, float by float."""
 
+import importlib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -102,17 +103,19 @@ def evaluated(model: Any, tokenizer: Any, tasks: list[dict], count: int) -> dict
     With that cache one string of tokens that is split in two ways, as the empty contexts of mutual
     information make it happen, is scored on the wrong rows (0.4.13).
     """
-    import lm_eval
-    from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
-
-    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1, device="cpu", logits_cache=False)
+    # Imported by name: lm_eval's decorators hide the signatures from a type checker.
+    lm_eval, models, managers = map(
+        importlib.import_module, ("lm_eval", "lm_eval.models.huggingface", "lm_eval.tasks")
+    )
+    lm = models.HFLM(
+        pretrained=model, tokenizer=tokenizer, batch_size=1, device="cpu", logits_cache=False
+    )
     results = lm_eval.simple_evaluate(
         model=lm,
         tasks=tasks,
         limit=count,
         bootstrap_iters=0,
-        task_manager=TaskManager(include_defaults=False),
+        task_manager=managers.TaskManager(include_defaults=False),
     )
     assert results
     return results["samples"]

@@ -16,7 +16,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
@@ -72,7 +71,6 @@ class Found:
     scores_K: np.ndarray
 
 
-@register_model("rag2")
 class Rag(LM):
     """A generator, and a retriever that puts passages into its prompts.
 
@@ -101,7 +99,7 @@ class Rag(LM):
         return getattr(config, "max_position_embeddings", 2048)
 
     def loglikelihood(
-        self, requests: list[Instance], disable_tqdm: bool = False
+        self, requests: list[Any], disable_tqdm: bool = False
     ) -> list[tuple[float, bool]]:
         """log p(continuation | context) in nats, marginal over the chunks where there are some."""
         grouped: dict[tuple[str, str], list[int]] = {}
@@ -129,9 +127,7 @@ class Rag(LM):
             self.cache_hook.add_partial("loglikelihood", request.args, answer)
         return result
 
-    def loglikelihood_rolling(
-        self, requests: list[Instance], disable_tqdm: bool = False
-    ) -> list[float]:
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """log p of whole texts in nats, closed book, in disjoint windows of the model's length."""
         tokenizer = self.generator.tokenizer
         begin = tokenizer.bos_token_id
@@ -148,7 +144,7 @@ class Rag(LM):
         np.add.at(sums, owners, pair_logprobs(self.generator.model, pairs))
         return sums.tolist()
 
-    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """The greedy continuation up to a stop string; passages stand in one prompt, best last."""
         self._search(requests)
         texts = []
@@ -215,7 +211,7 @@ class Rag(LM):
         fingerprint = encoder.fingerprint()
         return Dense(encoder, Generation.of(index, chunks, encoder_fingerprint=fingerprint))
 
-    def _query(self, request: Instance) -> str:
+    def _query(self, request: Any) -> str:
         name, doc = self.cfg.query, request.doc
         if not isinstance(doc.get(name), str) or not doc[name].strip():
             raise UserError(
@@ -224,7 +220,7 @@ class Rag(LM):
             )
         return doc[name]
 
-    def _search(self, requests: Sequence[Instance]) -> None:
+    def _search(self, requests: Sequence[Any]) -> None:
         """Find the chunks of every query that is new."""
         if self.retriever is None:
             return
@@ -283,7 +279,7 @@ class Rag(LM):
         logp_C = marginal(scores, len(rows), self.cfg.temperature)[0]
         return [(float(logp), False) for logp in logp_C]
 
-    def _tell(self, request: Instance, query: str, dropped: int) -> None:
+    def _tell(self, request: Any, query: str, dropped: int) -> None:
         """One line of the sidecar for a context that was read with passages."""
         if not (self.cfg.sidecar and query):
             return
@@ -299,6 +295,10 @@ class Rag(LM):
         }
         with Path(self.cfg.sidecar).open("a", encoding="utf-8") as file:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+# Called, not a decorator, which would hide the class from type checkers.
+register_model("rag2")(Rag)
 
 
 def inserted(passages: Sequence[str], context: str, query: str) -> str:

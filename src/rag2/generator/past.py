@@ -8,6 +8,7 @@ import copy
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from einops import rearrange, repeat
@@ -36,7 +37,8 @@ class Past:
         """A copy of the rows at `index_R`, in its order; a row may be taken several times."""
         cache = copy.copy(self.cache)
         cache.layers = [copy.copy(layer) for layer in self.cache.layers]
-        for layer in cache.layers:
+        layers: list[Any] = cache.layers
+        for layer in layers:
             if layer.is_initialized:
                 layer.keys = _rows(layer.keys, index_R)
                 layer.values = _rows(layer.values, index_R)

@@ -46,8 +46,9 @@ class Prompt(Config):
         """The context for one question; `passages` come best first, none means closed book.
 
         `header` is that of `header`, the same for all questions of a subject and therefore first:
-        it is read once for all of them. While the whole exceeds the budget, whole passages are dropped, worst first, and counted. Raises
-        UserError when even the bare question does not fit: nothing is cut silently.
+        it is read once for all of them. While the whole exceeds the budget, whole passages are
+        dropped, worst first, and counted. Raises UserError when even the bare question does not
+        fit: nothing is cut silently.
         """
         stem = self._stem(question, choices)
         for kept in range(len(passages), -1, -1):

@@ -59,6 +59,10 @@ RECIPES = {
             "Write the report of a comparison again, from its files.",
             "configs/demo/report.yaml results=runs/compare",
         ),
+        "speed": (
+            "Time the scoring of choices against lm-evaluation-harness.",
+            "configs/demo/speed.yaml out=runs/speed",
+        ),
     },
 }
 

@@ -9,8 +9,7 @@ from typing import Any
 
 import torch
 
-from rag2.generator.head import Model, Rows, logits_at
-from rag2.generator.logprob import evaluating
+from rag2.generator.head import Model, Rows, evaluating, logits_at
 from rag2.generator.pairs import Ids, check_room, encode_contexts, pad, place, token_batches
 from rag2.generator.past import Past, shares_past
 

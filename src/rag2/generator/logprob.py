@@ -5,19 +5,18 @@ continuation tokens of all pairs in one line, V vocabulary. Log-softmax is in fp
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
-from rag2.generator.head import Model, Rows, hidden_at, logits_at, plain_weight
+from rag2.generator.head import Model, Rows, evaluating, hidden_at, logits_at, plain_weight
 from rag2.generator.pairs import (
     Ids,
     Pair,
-    align,
     check_length,
     check_pairs,
     check_room,
@@ -30,6 +29,10 @@ from rag2.generator.pairs import (
 from rag2.generator.past import Past, shares_past
 from rag2.generator.prefixes import Group, shared_prefixes
 from rag2_kernels import answer_logprob
+
+# A prefix of fewer tokens, such as the beginning of text alone, is read faster than it is shared.
+SHORT = 8
+Answer = tuple[float, bool]  # log p(continuation | context) in nats; whether it is the greedy one
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +54,20 @@ def score_choices(
     batch_tokens: int = 8192,
     names: Sequence[str] = (),
 ) -> list[list[float]]:
-    """log p(continuation | context) in nats, for every continuation of every context.
+    """log p(continuation | context) in nats, for every continuation of every context."""
+    rows = answer_choices(model, tokenizer, contexts, continuations, batch_tokens, names)
+    return [[logp for logp, _ in row] for row in rows]
+
+
+def answer_choices(
+    model: Model,
+    tokenizer: Any,
+    contexts: Sequence[str],
+    continuations: Sequence[Sequence[str]],
+    batch_tokens: int = 8192,
+    names: Sequence[str] = (),
+) -> list[list[Answer]]:
+    """As `score_choices`, and whether each continuation is what greedy decoding would say.
 
     A merge across the boundary can give the choices of one context different context ids; equal
     ids are encoded once, wherever they come from. Raises UserError for a context and continuation
@@ -71,14 +87,21 @@ def score_choices(
             places[-1].append((tuple(context_ids), len(group)))
             group.append(continuation_ids)
     requests = [Request(context_ids, group) for context_ids, group in grouped.items()]
-    scores = dict(zip(grouped, choice_logprobs(model, requests, batch_tokens), strict=True))
-    return [[scores[context_ids][i] for context_ids, i in place] for place in places]
+    answers = dict(zip(grouped, choice_answers(model, requests, batch_tokens), strict=True))
+    return [[answers[context_ids][i] for context_ids, i in place] for place in places]
 
 
-@torch.no_grad()
 def choice_logprobs(
     model: Model, requests: Sequence[Request], batch_tokens: int = 8192
 ) -> list[list[float]]:
+    """log p(continuation | context) in nats; raises UserError as `choice_answers` does."""
+    return [[logp for logp, _ in row] for row in choice_answers(model, requests, batch_tokens)]
+
+
+@torch.no_grad()
+def choice_answers(
+    model: Model, requests: Sequence[Request], batch_tokens: int = 8192
+) -> list[list[Answer]]:
     """log p(continuation | context) in nats; what contexts and choices share is read once.
 
     That is three levels: the tokens with which several contexts begin (the passage that several
@@ -89,88 +112,115 @@ def choice_logprobs(
     """
     pairs = [(r.context_ids, ids) for r in requests for ids in r.continuations]
     if not shares_past(model):
-        scores = iter(pair_logprobs(model, pairs, batch_tokens))
-        return [[next(scores) for _ in request.continuations] for request in requests]
+        answers = iter(_pair_answers(model, pairs, batch_tokens))
+        return [[next(answers) for _ in request.continuations] for request in requests]
     check_pairs(model, pairs)
-    result: list[list[float]] = [[] for _ in requests]
+    result: list[list[Answer]] = [[] for _ in requests]
     groups = shared_prefixes([request.context_ids for request in requests])
-    alone = Group(0, [i for g in groups if not g.shared for i in g.members])
-    groups = [group for group in groups if group.shared]
+    alone = Group(0, [i for g in groups if g.shared < SHORT for i in g.members])
+    groups = [group for group in groups if group.shared >= SHORT]
     with evaluating(model):
-        for batch in token_batches([(1, group.shared) for group in groups], batch_tokens):
+        for batch in token_batches([(1, group.shared) for group in groups], batch_tokens, 0):
             some = [groups[i] for i in batch]
             prefixes = [requests[g.members[0]].context_ids[: g.shared] for g in some]
             _, past = Past.nothing(model, len(some)).read(model, prefixes)
-            for i, scores in _group_logprobs(model, requests, some, past, batch_tokens):
-                result[i] = scores
+            for i, answers in _group_answers(model, requests, some, past, batch_tokens):
+                result[i] = answers
         nothing = Past.nothing(model, 1)
-        for i, scores in _group_logprobs(model, requests, [alone], nothing, batch_tokens):
-            result[i] = scores
+        for i, answers in _group_answers(model, requests, [alone], nothing, batch_tokens):
+            result[i] = answers
     return result
+
+
+def pair_logprobs(model: Model, pairs: Sequence[Pair], batch_tokens: int = 8192) -> list[float]:
+    """log p(continuation | context) in nats from one full sequence per pair, in batches."""
+    return [logp for logp, _ in _pair_answers(model, pairs, batch_tokens)]
 
 
 @torch.no_grad()
-def pair_logprobs(model: Model, pairs: Sequence[Pair], batch_tokens: int = 8192) -> list[float]:
-    """log p(continuation | context) in nats from one full sequence per pair: the slow reference."""
-    result = [0.0] * len(pairs)
+def _pair_answers(model: Model, pairs: Sequence[Pair], batch_tokens: int) -> list[Answer]:
+    result: list[Answer] = [(0.0, False)] * len(pairs)
     with evaluating(model):
-        for batch in token_batches([(1, length(p)) for p in pairs], batch_tokens):
+        for batch in token_batches([(1, length(p)) for p in pairs], batch_tokens, 0):
             inputs, rows, labels_M = lay_out(model, [pairs[i] for i in batch])
             logits_MV, _ = logits_at(model, rows, **inputs, use_cache=False)
-            logp_M = _label_logp(logits_MV, labels_M)
-            sums = torch.zeros(len(batch), device=logp_M.device, dtype=logp_M.dtype)
-            sums.index_add_(0, rows.sequence_M, logp_M)
-            for i, score in zip(batch, sums.tolist(), strict=True):
-                result[i] = score
+            everything_M = torch.arange(len(labels_M), device=labels_M.device)
+            tokens = _picked(_log_softmax(logits_MV), everything_M, labels_M)
+            for i, answer in zip(batch, _summed(tokens, rows.sequence_M, len(batch)), strict=True):
+                result[i] = answer
     return result
 
 
-def _group_logprobs(
+def _group_answers(
     model: Model,
     requests: Sequence[Request],
     groups: Sequence[Group],
     past: Past,
     batch_tokens: int,
-) -> Iterator[tuple[int, list[float]]]:
-    """(index, scores) of each member of the groups; `past` has read their prefixes, one a row."""
+) -> Iterator[tuple[int, list[Answer]]]:
+    """(index, answers) of each member of the groups; `past` has read their prefixes, one a row."""
     todo = [(row, i, group.shared) for row, group in enumerate(groups) for i in group.members]
     width = past.mask_RP.shape[1]
     shapes = [_cache_shape(requests[i], width - shared) for _, i, shared in todo]
-    for batch in token_batches(shapes, batch_tokens):
+    for batch in token_batches(shapes, batch_tokens, width):
         rows, members, shared = zip(*(todo[j] for j in batch), strict=True)
         start = past.take(torch.tensor(rows, device=place(model)))
         rests = [requests[i].context_ids[n:] for i, n in zip(members, shared, strict=True)]
         choices = [requests[i].continuations for i in members]
-        yield from zip(members, _rest_logprobs(model, start, rests, choices), strict=True)
+        yield from zip(members, _rest_answers(model, start, rests, choices), strict=True)
 
 
-def _rest_logprobs(
+def _rest_answers(
     model: Model, start: Past, rests: Sequence[Ids], continuations: Sequence[Sequence[Ids]]
-) -> list[list[float]]:
+) -> list[list[Answer]]:
     """First tokens from the contexts' last logits, the others from one more, cached forward."""
     device = place(model)
     logits_GV, past = start.read(model, rests)
-    logp_GV = _log_softmax(logits_GV)
     choices = [(g, ids) for g, group in enumerate(continuations) for ids in group]
     owner_R = torch.tensor([g for g, _ in choices], device=device)
     first_R = torch.tensor([ids[0] for _, ids in choices], device=device)
-    logp_R = logp_GV[owner_R, first_R]
-    longer = [r for r, (_, ids) in enumerate(choices) if len(ids) > 1]
-    if longer:
-        pairs = [(ids[:1], ids[1:]) for _, ids in (choices[r] for r in longer)]
-        tokens, rows, labels_M = align(pairs, device)
-        logits_MV, _ = past.take(owner_R[longer]).read(model, tokens, rows)
-        rest_M = _label_logp(logits_MV, labels_M)
-        logp_R.index_add_(0, torch.tensor(longer, device=device)[rows.sequence_M], rest_M)
-    scores = iter(logp_R.tolist())
-    return [[next(scores) for _ in group] for group in continuations]
+    tokens = [_picked(_log_softmax(logits_GV), owner_R, first_R)]
+    choice = [torch.arange(len(choices), device=device)]
+    # Choices that differ in their last token alone, as letters after a space do, are read once.
+    read = sorted({(g, tuple(ids[:-1])) for g, ids in choices if len(ids) > 1})
+    if read:
+        rows = sorted({g for g, _ in read})
+        if len(rows) < len(rests):
+            past = past.take(torch.tensor(rows, device=device))
+        logits_MV = past.branch(model, [[ids for g, ids in read if g == row] for row in rows])
+        first = dict(zip(read, accumulate((len(ids) for _, ids in read), initial=0), strict=False))
+        steps = [
+            (r, first[g, tuple(ids[:-1])] + t, ids[t + 1])
+            for r, (g, ids) in enumerate(choices)
+            for t in range(len(ids) - 1)
+        ]
+        choice_N, row_N, label_N = torch.tensor(steps, device=device).unbind(1)
+        tokens.append(_picked(_log_softmax(logits_MV), row_N, label_N))
+        choice.append(choice_N)
+    logp_N, miss_N = map(torch.cat, zip(*tokens, strict=True))
+    answers = iter(_summed((logp_N, miss_N), torch.cat(choice), len(choices)))
+    return [[next(answers) for _ in group] for group in continuations]
+
+
+def _picked(logp_MV: Tensor, row_N: Tensor, label_N: Tensor) -> tuple[Tensor, Tensor]:
+    """log p of the labels at the rows, and 1 where another token is the most likely one."""
+    # Added up in fp64: the log p of a long text is some hundreds of nats.
+    return logp_MV[row_N, label_N].double(), (logp_MV.argmax(-1)[row_N] != label_N).long()
+
+
+def _summed(tokens: tuple[Tensor, Tensor], sequence_N: Tensor, count: int) -> list[Answer]:
+    """The tokens' log p and misses added up for each of `count` sequences."""
+    logp_R, miss_R = (
+        torch.zeros(count, device=t.device, dtype=t.dtype).index_add_(0, sequence_N, t)
+        for t in tokens
+    )
+    return list(zip(logp_R.tolist(), (miss_R == 0).tolist(), strict=True))
 
 
 def _cache_shape(request: Request, gap: int) -> tuple[int, int]:
-    """(rows, length) that a request needs in the cache, with `gap` of padding after its prefix."""
-    longest = max((len(ids) for ids in request.continuations), default=1)
-    several = sum(len(ids) > 1 for ids in request.continuations)
-    return max(1, several), len(request.context_ids) + gap + longest - 1
+    """(1, length) that a request needs in the cache, with `gap` of padding after its prefix."""
+    read = {tuple(ids[:-1]) for ids in request.continuations}
+    return 1, len(request.context_ids) + gap + sum(map(len, read))
 
 
 # -- training: with gradient ---------------------------------------------------------------------
@@ -240,15 +290,3 @@ def _label_logp(logits_MV: Tensor, labels_M: Tensor) -> Tensor:
 def _log_softmax(logits_MV: Tensor) -> Tensor:
     """In fp32, or fp64 for fp64 logits."""
     return logits_MV.to(torch.promote_types(logits_MV.dtype, torch.float32)).log_softmax(-1)
-
-
-@contextmanager
-def evaluating(model: Model) -> Iterator[None]:
-    """Evaluation mode inside; afterwards every module is in the mode it had."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

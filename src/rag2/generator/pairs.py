@@ -14,6 +14,8 @@ from torch.nn.utils.rnn import pad_sequence
 from rag2.generator.head import Model, Rows
 from rag2.registry import UserError
 
+# Tokens that keep a core busy: a batch of so many need not grow at the price of padding.
+ENOUGH = 512
 Ids = Sequence[int]
 Pair = tuple[Ids, Ids]  # context ids, continuation ids
 
@@ -106,6 +108,14 @@ def align(pairs: Sequence[Pair], device: torch.device) -> tuple[list[list[int]],
     return tokens, rows, labels_M
 
 
+def every_row(tokens: Sequence[Ids], device: torch.device) -> Rows:
+    """All positions of the right-padded sequences, those of the first sequence first."""
+    width = max(map(len, tokens))
+    places = [(r, width - step) for r, ids in enumerate(tokens) for step in range(len(ids))]
+    sequence_M, back_M = torch.tensor(places, device=device).unbind(1)
+    return Rows(sequence_M, back_M)
+
+
 def pad(ids: Sequence[Ids], device: torch.device) -> tuple[Tensor, Tensor]:
     """Right-padded ids and mask; the padding's id is never looked at."""
     lengths = torch.tensor([len(row) for row in ids])
@@ -155,13 +165,24 @@ def positions(model: Model) -> int | None:
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
-def token_batches(shapes: Sequence[tuple[int, int]], batch_tokens: int) -> list[list[int]]:
-    """Indices of (rows, length) items, longest first, in batches of <= `batch_tokens` padded."""
+def token_batches(
+    shapes: Sequence[tuple[int, int]], batch_tokens: int, known: int | None = None
+) -> list[list[int]]:
+    """Indices of (rows, length) items, longest first, in batches of <= `batch_tokens` padded.
+
+    Given `known`, the first tokens of every item that a cache holds already (they take room, and
+    are not computed again), a batch that keeps a core busy takes no item that would be more than
+    an eighth padding.
+    """
     batches: list[list[int]] = []
     rows = width = 0
     for i in sorted(range(len(shapes)), key=lambda i: -shapes[i][1]):
         rows += shapes[i][0]
-        if not batches or rows * width > batch_tokens:
+        loose = False
+        if known is not None:
+            busy = (rows - shapes[i][0]) * (width - known) >= ENOUGH
+            loose = busy and 8 * (shapes[i][1] - known) < 7 * (width - known)
+        if not batches or rows * width > batch_tokens or loose:
             batches.append([])
             rows, width = shapes[i]
         batches[-1].append(i)

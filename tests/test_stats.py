@@ -85,7 +85,8 @@ def test_intervals_and_tests_agree_with_scipy_and_statsmodels(rng):
         theirs: Any = contingency_tables.mcnemar(table, exact=True)
         exact = theirs.pvalue if a_only + b_only else 1.0
         assert stats.mcnemar(a_only, b_only) == pytest.approx(exact, rel=1e-9)
-        p_values = rng.random(7).tolist()
+    for count in (1, 2, 7, 40):
+        p_values = (rng.random(count) ** 3).tolist()
         adjusted: Any = multitest.multipletests(p_values, method="holm")[1]
         assert stats.holm(p_values) == pytest.approx(adjusted.tolist())
 

@@ -274,7 +274,6 @@ class Rag(LM):
             closed_QC=none_C[None],
             scores_QK=found.scores_K[None],
             ids_QK=np.array([[chunk.id for chunk in found.chunks]]),
-            lengths_QC=none_C[None].astype(np.int64),
         )
         logp_C = marginal(scores, len(rows), self.cfg.temperature)[0]
         return [(float(logp), False) for logp in logp_C]

@@ -159,7 +159,10 @@ def needed(cfg: Inputs) -> list[str]:
     left out. Raises UserError for a YAML file that cannot be read.
     """
     plan = _Plan(cfg)
-    asked = {stage for name, (stage, _) in PATHS.items() if name in type(cfg).model_fields}
+    fields = type(cfg).model_fields
+    asked = {stage for name, (stage, _) in PATHS.items() if name in fields}
+    if "arms" in fields:  # a comparison may need every stage
+        asked = set(STAGES)
     return [name for name in plan.closure(asked or STAGES) if plan.has_yaml(name)]
 
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import binomtest
-from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 
 from rag2.evaluation.score import Bools
@@ -89,7 +88,13 @@ def paired(a_Q: Bools, b_Q: Bools, resamples: int = RESAMPLES, seed: int = 0) ->
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Adjusted p values that keep the chance of any false alarm at alpha (Holm 1979)."""
-    if not p_values:
-        return []
-    return np.asarray(multipletests(p_values, method="holm")[1]).tolist()
+    """Adjusted p values that keep the chance of any false alarm at alpha (Holm 1979).
+
+    Not statsmodels', which collects garbage at every call: half a second in a process with models.
+    """
+    p_N = np.asarray(p_values, dtype=float)
+    order_N = np.argsort(p_N, kind="stable")
+    factor_N = len(p_N) - np.arange(len(p_N))
+    adjusted_N = np.empty_like(p_N)
+    adjusted_N[order_N] = np.maximum.accumulate(factor_N * p_N[order_N]).clip(max=1.0)
+    return adjusted_N.tolist()

@@ -208,3 +208,11 @@ def test_validation_questions_without_evidence_cannot_stop_a_warm_start(
     (tmp_path / "q.jsonl").write_text("\n".join(rows) + "\n")
     line = refused(*command("retriever", home, questions="q.jsonl"))
     assert "no validation question names evidence" in line
+
+
+def test_a_row_longer_than_the_network_is_refused_before_the_first_step(
+    refused: Callable[..., str], home: Path
+):
+    network = settings("pretrain", home)["network"] | {"max_positions": 24}
+    line = refused(*command("pretrain", home, network=network))
+    assert "pretrain.jsonl:" in line and "positions for 24: raise network.max_positions" in line

@@ -8,8 +8,10 @@ around them `text_weight`, so that a small model spends its capacity on reading.
 twice are mixed in, since a name that was never seen before can only be answered by copying it.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 from pydantic import Field
 
 from rag2 import config, pipeline
@@ -17,6 +19,7 @@ from rag2.generator.bpe import train_bpe
 from rag2.generator.load import build_llama
 from rag2.generator.logprob import sequence_nll
 from rag2.generator.prompt import Prompt
+from rag2.registry import UserError
 from rag2.training import batches, checkpoint, optim
 from rag2.training.log import Clock, progress
 from rag2.training.run import Run
@@ -87,6 +90,7 @@ def main(cfg: PretrainConfig) -> dict[str, float]:
         tokenizer = train_bpe(map(plain, rows), cfg.vocabulary)
     data = [weigh(*reading(row, cfg.prompt, tokenizer), tokenizer, cfg.text_weight) for row in rows]
     lengths = [len(sequence.ids_L) for sequence in data]
+    check_lengths(cfg, lengths)
 
     base = build_llama(tokenizer, **cfg.network.model_dump())
     base.model.train()
@@ -116,6 +120,16 @@ def main(cfg: PretrainConfig) -> dict[str, float]:
     base.model.eval()
     run.finish(generator=base, trained_parameters=sum(p.numel() for p in weights))
     return {"loss": loss}
+
+
+def check_lengths(cfg: PretrainConfig, lengths: Sequence[int]) -> None:
+    """Raise UserError, before the first step, if a row is longer than the network's positions."""
+    longest = int(np.argmax(lengths))
+    if lengths[longest] > cfg.network.max_positions:
+        raise UserError(
+            f"{cfg.corpus}:{longest + 1}: a row of {lengths[longest]} tokens, the network has "
+            f"positions for {cfg.network.max_positions}: raise network.max_positions or shorten it"
+        )
 
 
 if __name__ == "__main__":

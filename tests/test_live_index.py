@@ -123,6 +123,12 @@ def test_gold_chunks_are_those_of_the_evidence_that_hold_the_answer(chunks: list
     )
 
 
+def test_an_answer_inside_another_word_is_no_evidence():
+    chunks = [Chunk(1, "d", "It is not so."), Chunk(2, "d", "The answer: no.")]
+    asked = Question("q", "Is it so?", ("yes", "no"), 1, evidence=("d",))
+    assert gold_chunks([asked], chunks) == {"q": [2]}
+
+
 def test_random_chunks_are_different_and_the_same_for_the_same_seed(chunks: list[Chunk], seed: int):
     questions = asked(chunks)
     source = Random([chunk.id for chunk in chunks], seed)

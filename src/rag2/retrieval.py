@@ -1,5 +1,6 @@
 """Question -> chunks: the dense index, BM25, random chunks and the gold chunk behind one call."""
 
+import re
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -80,6 +81,7 @@ def gold_chunks(questions: Sequence[Question], chunks: Sequence[Chunk]) -> dict[
     """For each question the chunks of its evidence documents that hold the answer's text.
 
     Where no chunk of an evidence document holds the answer word for word, all its chunks count.
+    Of an open question the usual answer is looked for.
     """
     by_document: dict[str, list[Chunk]] = {}
     for chunk in chunks:
@@ -90,7 +92,9 @@ def gold_chunks(questions: Sequence[Question], chunks: Sequence[Chunk]) -> dict[
             found[question.id] = [question.gold_chunk]
             continue
         rows = [c for document in question.evidence for c in by_document.get(document, [])]
-        holding = [c for c in rows if question.gold.casefold() in c.text.casefold()]
+        # As whole words: "no" is not in "not".
+        answer = re.compile(rf"(?<!\w){re.escape(question.gold.casefold())}(?!\w)")
+        holding = [c for c in rows if answer.search(c.text.casefold())]
         found[question.id] = [c.id for c in holding or rows]
     return found
 

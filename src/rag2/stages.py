@@ -65,7 +65,9 @@ def run(jobs: Sequence[Job], at_once: int, done: Callable[[str], None]) -> None:
     Raises Failed with a failed job's last line. However it ends, no subprocess outlives it (by a
     SIGKILL: on Linux), and what the others have checkpointed is there for the next try.
     """
-    waiting, running = list(jobs), dict[str, _Process]()
+    # The longest first: the short ones fill the gaps that it leaves at the end.
+    waiting = sorted(jobs, key=lambda job: -job.steps)
+    running: dict[str, _Process] = {}
     with Bars() as bars, _terminable():
         try:
             while waiting or running:

@@ -126,7 +126,7 @@ def test_only_the_answers_and_the_space_before_them_weigh_one(tokenizer):
     asked = ["Question: Sells?\nAnswer: wax", "Question: What?\nAnswer: a b"]
     assert text == "\n\n".join(["Lasur\nLasur sells wax.", *asked])
     assert [text[span.start : span.stop] for span in answers] == [" wax", " a b"]
-    sequence = weigh(text, answers, tokenizer, 0.1)
+    (sequence,) = weigh([(text, answers)], tokenizer, 0.1)
     heavy = [int(i) for i, w in zip(sequence.ids_L, sequence.weights_L, strict=True) if w == 1.0]
     assert tokenizer.decode(heavy) == " wax a b"
     assert sequence.ids_L[0] == tokenizer.bos_token_id

@@ -88,7 +88,8 @@ def main(cfg: PretrainConfig) -> dict[str, float]:
         tokenizer = load_tokenizer(cfg.tokenizer)
     else:
         tokenizer = train_bpe(map(plain, rows), cfg.vocabulary)
-    data = [weigh(*reading(row, cfg.prompt, tokenizer), tokenizer, cfg.text_weight) for row in rows]
+    readings = [reading(row, cfg.prompt, tokenizer) for row in rows]
+    data = weigh(readings, tokenizer, cfg.text_weight)
     lengths = [len(sequence.ids_L) for sequence in data]
     check_lengths(cfg, lengths)
 

@@ -130,15 +130,22 @@ def reading(row: dict[str, Any], prompt: Prompt, tokenizer: Any) -> tuple[str, l
     return text.rstrip("\n"), answers
 
 
-def weigh(text: str, answers: Sequence[range], tokenizer: Any, text_weight: float) -> Weighted:
-    """Tokens of `text` and an end token: answers weigh 1, everything else `text_weight`."""
-    encoded = tokenizer(text, return_offsets_mapping=True)
-    weights = [
-        1.0 if end > start and any(start in span for span in answers) else text_weight
-        for start, end in encoded["offset_mapping"]
-    ]
-    ids = [*encoded["input_ids"], tokenizer.eos_token_id]
-    return Weighted(np.array(ids), np.array([*weights, text_weight], dtype=np.float32))
+def weigh(
+    readings: Sequence[tuple[str, Sequence[range]]], tokenizer: Any, text_weight: float
+) -> list[Weighted]:
+    """Tokens of each text and an end token: answers weigh 1, everything else `text_weight`."""
+    texts = [text for text, _ in readings]
+    encoded = tokenizer(texts, return_offsets_mapping=True, return_attention_mask=False)
+    weighted = []
+    for row, (_, answers) in enumerate(readings):
+        weights = [
+            1.0 if end > start and any(start in span for span in answers) else text_weight
+            for start, end in encoded["offset_mapping"][row]
+        ]
+        ids = [*encoded["input_ids"][row], tokenizer.eos_token_id]
+        weights_L = np.array([*weights, text_weight], dtype=np.float32)
+        weighted.append(Weighted(np.array(ids), weights_L))
+    return weighted
 
 
 def thin(sequence: Weighted, share: float, rng: np.random.Generator) -> Weighted:

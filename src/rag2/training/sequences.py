@@ -136,15 +136,15 @@ def weigh(
     """Tokens of each text and an end token: answers weigh 1, everything else `text_weight`."""
     texts = [text for text, _ in readings]
     encoded = tokenizer(texts, return_offsets_mapping=True, return_attention_mask=False)
+    rows = zip(encoded["input_ids"], encoded["offset_mapping"], readings, strict=True)
     weighted = []
-    for row, (_, answers) in enumerate(readings):
-        weights = [
-            1.0 if end > start and any(start in span for span in answers) else text_weight
-            for start, end in encoded["offset_mapping"][row]
-        ]
-        ids = [*encoded["input_ids"][row], tokenizer.eos_token_id]
-        weights_L = np.array([*weights, text_weight], dtype=np.float32)
-        weighted.append(Weighted(np.array(ids), weights_L))
+    for ids, offsets, (_, answers) in rows:
+        start_L, end_L = np.array(offsets).T
+        heavy_L = np.zeros(len(ids) + 1, dtype=bool)
+        for span in answers:
+            heavy_L[:-1] |= (span.start <= start_L) & (start_L < span.stop) & (end_L > start_L)
+        weights_L = np.where(heavy_L, 1.0, text_weight).astype(np.float32)
+        weighted.append(Weighted(np.array([*ids, tokenizer.eos_token_id]), weights_L))
     return weighted
 
 

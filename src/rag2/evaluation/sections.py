@@ -62,6 +62,7 @@ def _readings(results: Results) -> Section | None:
         )
         for name, arm in results["arms"].items()
         for reading, found in (arm.get("readings") or {}).items()
+        if len(arm["readings"]) > 1  # else it is the arm as it stands above
     )
     if not rows:
         return None

@@ -72,13 +72,18 @@ def test_the_list_is_filled_and_a_click_shows_its_question(page: Page):
 
 
 def test_the_keyboard_is_enough(page: Page):
+    first, second, *_ = listed(page)
+    asked = [question.question for question in hostile.questions(N)]
+    assert shown(page) == asked[first]
     page.look("document.getElementById('disagree').focus()")
     page.press("Tab")  # to the list, which scrolls
     while page.look("document.activeElement.hash") is None:
         page.press("Tab")
     page.press("Tab")
+    assert page.look("document.activeElement.hash") == f"#q={second}"
     page.press("Enter")
-    page.wait(f"document.querySelector('#question').dataset.number === '{listed(page)[1]}'")
+    page.wait(f"document.querySelector('#question').dataset.number === '{second}'")
+    assert shown(page) == asked[second]
 
 
 def test_an_address_names_a_question(page: Page, report: Path):

@@ -33,7 +33,7 @@ LAYERS = [
     {"rag"},
     {"retrieval", "reindex"},
     {"kb", "retriever", "index", "generator", "losses", "tuning", "worlds"},
-    {"config", "artifact", "hub"},
+    {"config", "artifact", "hub", "modes"},
     {"explain"},
     {"registry", "types", "yaml12"},
     {"__init__"},

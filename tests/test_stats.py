@@ -117,7 +117,8 @@ def test_equal_arms_are_told_apart_in_at_most_6_of_100_simulations(rng, shared: 
         for i, (a, b) in enumerate(pairs)
     ]
     excluded = [not low <= 0 <= high for low, high in intervals]
-    assert np.mean(excluded) <= 0.075  # percentile intervals of 200 questions are a little narrow
+    # Six other runs: .045 to .058. The bound is 3 standard errors (.005) above what is promised.
+    assert np.mean(excluded) <= 0.065
     # Pairing is what sees a small gain: shuffled, the same answers show it far less often.
     better = [(a | (rng.random(200) < 0.15), b) for a, b in pairs]
     found = np.mean([stats.mcnemar_of(a, b) < 0.05 for a, b in better])

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 
 import torch
 
-from rag2.generator.head import Model, evaluating
+from rag2.generator.head import Model
 from rag2.generator.pairs import Pair, check_pairs, place
+from rag2.modes import evaluating
 
 
 @torch.no_grad()

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
-from rag2.generator.head import Model, Rows, evaluating, logits_at
+from rag2.generator.head import Model, Rows, logits_at
 from rag2.generator.pairs import Ids, check_room, encode_contexts, pad, place, token_batches
 from rag2.generator.past import Past, shares_past
+from rag2.modes import evaluating
 
 
 @torch.no_grad()

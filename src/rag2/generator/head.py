@@ -73,18 +73,6 @@ def logits_at(model: Model, rows: Rows, **inputs: Any) -> tuple[Tensor, Any]:
 
 
 @contextmanager
-def evaluating(model: Model) -> Iterator[None]:
-    """Evaluation mode inside; afterwards every module is in the mode it had."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-@contextmanager
 def _head_input(model: Model, edit: Callable[[Tensor], Tensor]) -> Iterator[None]:
     head = _output_head(model)
     if head is None:

@@ -13,7 +13,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from rag2.generator.head import Model, Rows, evaluating, hidden_at, logits_at, plain_weight
+from rag2.generator.head import Model, Rows, hidden_at, logits_at, plain_weight
 from rag2.generator.pairs import (
     Ids,
     Pair,
@@ -28,6 +28,7 @@ from rag2.generator.pairs import (
 )
 from rag2.generator.past import Past, shares_past
 from rag2.generator.prefixes import Group, shared_prefixes
+from rag2.modes import evaluating
 from rag2_kernels import answer_logprob
 
 # A prefix of fewer tokens, such as the beginning of text alone, is read faster than it is shared.

@@ -3,15 +3,14 @@
 A reader takes a path and the name to call it by, and yields one `Item` per document.
 """
 
-import csv
 import json
 import re
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from rag2.kb.clean import clean, clean_line, is_blank
+from rag2.kb.table import Malformed, csv_rows
 from rag2.registry import TABLES, UserError, lookup, nearest
 from rag2.types import Document
 
@@ -90,35 +89,23 @@ def read_csv(path: Path, name: str = "") -> Iterator[Item]:
     A row without id is called `<name>:<line>`, the line it starts on.
     """
     name = name or path.name
-    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # the default refuses texts over 128 KiB
-    # surrogateescape: one bad byte spoils its own row, not the file.
-    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        rows = csv.reader(file, strict=True)
-        header: list[str] | None = None
-        while True:
-            place = f"{name}:{rows.line_num + 1}"
-            try:
-                cells = next(rows)
-            except StopIteration:
-                return
-            except csv.Error as error:
-                yield place, f"malformed CSV: {error}"
-                if header is None:
-                    return
-                continue
-            if not cells:  # a blank line
-                continue
+    header: list[str] | None = None
+    for place, cells in csv_rows(path, name):
+        if isinstance(cells, Malformed):
+            yield place, str(cells)
             if header is None:
-                header = [cell.strip() for cell in cells]
-                if reason := _bad_header(header):
-                    yield place, reason
-                    return
-            elif len(cells) != len(header):
-                yield place, f"{len(cells)} cells under a header of {len(header)}"
-            else:
-                row = {key: cell for key, cell in zip(header, cells, strict=True) if cell}
-                own = {key: row.pop(key) for key in FIELDS[:3] if key in row}
-                yield place, _document(place, {**own, "metadata": row})
+                return
+        elif header is None:
+            header = [cell.strip() for cell in cells]
+            if reason := _bad_header(header):
+                yield place, reason
+                return
+        elif len(cells) != len(header):
+            yield place, f"{len(cells)} cells under a header of {len(header)}"
+        else:
+            row = {key: cell for key, cell in zip(header, cells, strict=True) if cell}
+            own = {key: row.pop(key) for key in FIELDS[:3] if key in row}
+            yield place, _document(place, {**own, "metadata": row})
 
 
 def _read_file(path: Path, name: str) -> Iterator[Item]:

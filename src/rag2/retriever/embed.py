@@ -1,12 +1,11 @@
 """Encoder and texts -> one float32 embedding per text, in the order of the texts."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 
 import numpy as np
 import torch
-from torch import nn
 
+from rag2.modes import evaluating
 from rag2.retriever.encoder import DualEncoder, Side
 
 # Texts are tokenized and sorted by length this many at a time: it bounds the token ids in memory.
@@ -52,15 +51,3 @@ def batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[np.ndarray]:
         stop = start + max(1, batch_tokens // width)
         yield order[start:stop]
         start = stop
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """`model` in eval mode; each of its modules gets its own mode back afterwards."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

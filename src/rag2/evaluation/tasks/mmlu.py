@@ -7,7 +7,8 @@ The folder is the one of the original archive: `dev/anatomy_dev.csv`, `val/...`,
 from collections.abc import Iterator
 from pathlib import Path
 
-from rag2.evaluation.tasks.source import Item, Malformed, csv_rows, existing
+from rag2.evaluation.tasks.source import Item, Malformed, existing
+from rag2.kb.table import csv_rows
 
 SPLITS = {"dev": "train", "val": "validation", "test": "test"}
 LETTERS = "ABCD"

@@ -3,16 +3,16 @@
 A reader takes the folder of a data set and yields one `Item` for each thing it meets.
 """
 
-import csv
 import gzip
 import hashlib
 import json
-import sys
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from rag2.kb.table import Malformed as Malformed
+from rag2.kb.table import csv_rows
 from rag2.registry import UserError, nearest
 from rag2.types import Document
 
@@ -23,10 +23,6 @@ Row = Mapping[str, Any]
 
 # Where a data set has no split of its own: tenths of the groups, by the hash of a group's name.
 SHARES = {"train": 4, "validation": 2, "test": 4}
-
-
-class Malformed(ValueError):
-    """A row that lacks what its data set promises; the message is the reason."""
 
 
 def existing(path: Path) -> Path:
@@ -91,31 +87,10 @@ def jsonl_rows(path: Path) -> Iterator[tuple[str, Any]]:
         raise UserError(f"{path}: broken archive: {error}") from None
 
 
-def csv_rows(path: Path, name: str) -> Iterator[tuple[str, list[str] | Malformed]]:
-    """(place, cells or Malformed) of each row; the place is `name:line`, where the row begins.
-
-    A byte that is not UTF-8 becomes a lone surrogate, which spoils its own row and not the file.
-    """
-    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # the default refuses cells over 128 KiB
-    with existing(path).open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        rows = csv.reader(file, strict=True)
-        while True:
-            place = f"{name}:{rows.line_num + 1}"
-            try:
-                cells = next(rows)
-            except StopIteration:
-                return
-            except csv.Error as error:
-                yield place, Malformed(f"malformed CSV: {error}")
-                continue
-            if cells:  # no blank line
-                yield place, cells
-
-
 def csv_table(path: Path, name: str) -> Iterator[tuple[str, dict[str, str] | Malformed]]:
     """As `csv_rows` for a file with a header: cells by column."""
     header: list[str] | None = None
-    for place, cells in csv_rows(path, name):
+    for place, cells in csv_rows(existing(path), name):
         if isinstance(cells, Malformed):
             yield place, cells
         elif header is None:

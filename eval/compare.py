@@ -126,8 +126,7 @@ def evaluate(
                     result = trial.run(
                         name, arm, sets, found[name], reader, rules, systems.gold, advance
                     )
-                    seconds, trained = systems.cost(arm)
-                    done[name] = replace(result, train_seconds=seconds, trained_parameters=trained)
+                    done[name] = replace(result, **systems.cost(arm))
         return done
 
     counts = Counter(arm.generator for arm in chosen.values())

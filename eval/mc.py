@@ -45,6 +45,8 @@ class McConfig(pipeline.Inputs):
     """mutual_info, debiased: measured besides, at the cost of further prompts"""
     budget: PositiveInt = 1024
     """tokens of the context"""
+    exact: bool = False
+    """a whole forward for every choice, equal to the bit to lm-evaluation-harness; slow"""
     dtype: str = "float32"
     device: str = "cpu"
 
@@ -63,7 +65,7 @@ def main(cfg: McConfig) -> dict:
     shots = Shots(count=cfg.shots, sampler=cfg.sampler, seed=cfg.seed)
     headers = shots.headers(asked, [q for q in questions if q.split == "train"], prompt)
     by_id = {q.id: header for q, header in zip(asked, headers, strict=True)}
-    reader = arms.Reader(generator, prompt, {}, headers=by_id)
+    reader = arms.Reader(generator, prompt, {}, exact=cfg.exact, headers=by_id)
     sets = trial.QuestionSets([], [], asked, [], [])
     found = {"test": arms.retrieve(asked, None, 0)}
     rules = trial.Rules([0], metrics=cfg.metrics)

@@ -22,8 +22,8 @@ from rag2.evaluation import report
 from rag2.evaluation.environment import environment
 from rag2.evaluation.workload import Case, Cost, Writer, cases
 from rag2.generator.bpe import train_bpe
+from rag2.generator.choices import score_choices
 from rag2.generator.load import Generator, build_llama
-from rag2.generator.logprob import score_choices
 from rag2.generator.pairs import encode_pairs
 from rag2.registry import UserError
 

@@ -1,6 +1,8 @@
 """What surrounds a training loop: checkpoints, the log, the optimizer."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,7 @@ from torch import nn
 from rag2 import config
 from rag2.registry import UserError
 from rag2.training import checkpoint, optim
-from rag2.training.log import RunLog, train_seconds
+from rag2.training.log import RunLog, train_memory, train_seconds
 from rag2.training.run import Run
 from small_world import forget
 
@@ -117,6 +119,23 @@ def test_the_log_is_cut_back_to_the_step_and_its_floats_round_trip(tmp_path: Pat
     assert log.path.read_text() == ""
 
 
+def test_the_peak_memory_of_a_run_is_its_own_and_not_that_of_what_started_it(tmp_path: Path):
+    command = (
+        "import sys, numpy as np; from pathlib import Path; from rag2.training.log import RunLog\n"
+        "ballast = np.ones(int(sys.argv[2]), dtype=np.uint8); del ballast\n"
+        "log = RunLog(Path(sys.argv[1])); log.write(step=0); log.write(step=1)"
+    )
+    ballast = np.ones(2**30, dtype=np.uint8)  # this process is large, those it starts are not
+    measured = []
+    for number, size in enumerate((1, 400 * 2**20)):
+        out = tmp_path / str(number)
+        subprocess.run([sys.executable, "-c", command, str(out), str(size)], check=True)
+        measured.append(train_memory(out))
+    small, large = measured
+    assert len(ballast) > small > 2**26 and large - small == pytest.approx(400 * 2**20, rel=0.2)
+    assert train_memory(tmp_path / "none") is None
+
+
 def test_a_run_continues_with_the_same_settings_but_for_the_number_of_steps(tmp_path: Path):
     out = str(tmp_path / "a")
     run = Run(Settings(out=out), *fresh())
@@ -146,7 +165,8 @@ def test_what_another_run_left_is_refused_and_kept(tmp_path: Path):
     kept = sorted(out.rglob("*"))
     with pytest.raises(UserError, match="holds checkpoints of another run; resume=true"):
         Run(Settings(out=str(out)), *fresh())
-    assert sorted(out.rglob("*")) == kept and (out / "log.jsonl").read_text() == '{"step": 0}\n'
+    assert sorted(out.rglob("*")) == kept
+    assert (out / "log.jsonl").read_text().startswith('{"step": 0, ')
     mine = tmp_path / "mine"
     (mine / "final").mkdir(parents=True)
     for resume in (False, True):

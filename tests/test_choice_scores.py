@@ -8,12 +8,12 @@ from collections.abc import Iterator, Sequence
 import pytest
 import torch
 
+from rag2.generator.choices import score_choices
 from rag2.generator.logprob import (
     Request,
     answer_logprob_rows,
     choice_logprobs,
     pair_logprobs,
-    score_choices,
 )
 from rag2.generator.past import Past, shares_past
 from rag2.generator.prefixes import shared_prefixes

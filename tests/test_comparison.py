@@ -17,8 +17,10 @@ from rag2.evaluation import arms, score
 from rag2.evaluation.arms import Found, Reader
 from rag2.evaluation.questions import load_questions, split, to_row
 from rag2.evaluation.select import Choice
+from rag2.generator.exact import exact_choices, exact_logprobs
 from rag2.generator.load import Generator
-from rag2.generator.logprob import encode_pairs, pair_logprobs
+from rag2.generator.logprob import pair_logprobs
+from rag2.generator.pairs import encode_pairs
 from rag2.generator.prompt import Prompt
 from rag2.registry import UserError
 from rag2.types import Chunk, Question
@@ -119,6 +121,47 @@ def test_samples_tell_the_prompt_with_examples_and_every_measure_agrees_with_its
     assert all(row["holm_p"] >= row["mcnemar_p"] for row in test.values())
 
 
+def test_the_tokens_of_an_arm_are_those_of_the_prompts_it_answers_from(
+    results: dict[str, Any], own: Path
+):
+    tokenizer = Generator.load(own / "base").tokenizer
+    read = 0  # the context of a question once, and each of its choices
+    for line in (own / "out" / "samples_base.jsonl").read_text().splitlines():
+        asked = [tuple(row.values()) for row in json.loads(line)["arguments"].values()]
+        pairs = encode_pairs(tokenizer, asked)
+        read += len(pairs[0][0]) + sum(len(choice) for _, choice in pairs)
+    tokens = {name: arm["eval_tokens"] for name, arm in results["arms"].items()}
+    assert tokens["base"] == tokens["ft"] == read < tokens["gold_rag"]
+    assert tokens["frozen_rag"] > read or results["arms"]["frozen_rag"]["k"] == 0
+    assert tokens["majority"] is None
+
+
+def test_the_exact_path_gives_the_bits_of_a_whole_forward_for_every_choice(
+    recipe: Callable[[str], ModuleType], own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    generator = Generator.load(own / "base")
+    asked = split(load_questions(own / "questions.jsonl"), "test")[:5]
+    slow, fast = (Reader(generator, Prompt(), {}, exact=exact) for exact in (True, False))
+    for reader in (slow, fast):
+        reader.read([(question, ()) for question in asked])
+    for question in asked:
+        context = f"Question: {question.question}\nAnswer:"
+        texts = [(context, f" {choice}") for choice in question.choices]
+        expected = exact_logprobs(generator.model, encode_pairs(generator.tokenizer, texts))
+        assert slow.known[question.id, ()] == expected
+        assert fast.known[question.id, ()] == pytest.approx(expected, abs=1e-4)
+
+    module, read = recipe("eval/mc.py"), []
+    monkeypatch.setattr(arms, "exact_choices", lambda *a: read.append(a) or exact_choices(*a))
+    given = [f"generator={own / 'base'}", f"questions={own / 'questions.jsonl'}", "split=test"]
+    found = []
+    for number, exact in enumerate(("true", "false")):
+        out = tmp_path / str(number)
+        module.main(config.load(module.McConfig, None, [*given, f"exact={exact}", f"out={out}"]))
+        found.append(json.loads((out / "results.json").read_text())["arms"]["base"])
+    assert len(read) == 1 and found[0]["accuracy"] == found[1]["accuracy"]
+
+
 def test_both_readings_equal_a_computation_by_hand_one_full_sequence_a_pair(
     home: Path, own: Path, chunks: list[Chunk]
 ):
@@ -152,9 +195,13 @@ def test_both_readings_equal_a_computation_by_hand_one_full_sequence_a_pair(
 class Lettered(Reader):
     """Prefers the letter A by far, and knows the answer a little: the planted bias."""
 
-    def _score(self, contexts, continuations, names):
+    def _encode(self, contexts, continuations, names):
+        self.texts = list(zip(contexts, continuations, strict=True))
+        return super()._encode(contexts, continuations, names)
+
+    def _score(self, encoded):
         scored = []
-        for context, letters in zip(contexts, continuations, strict=True):
+        for context, letters in self.texts:
             lines = context.split("\n")
             right = [f"{letter.strip()}. right" in lines for letter in letters]
             bias = [1.0 * (letter == " A") for letter in letters]

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from scipy.special import log_softmax, logsumexp
 
+from rag2.generator.choices import score_choices
 from rag2.generator.load import Generator
-from rag2.generator.logprob import score_choices
 from rag2.generator.prompt import GAP, Prompt
 from rag2.kb.lexical import BM25
 from rag2.kb.store import KnowledgeBase

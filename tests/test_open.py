@@ -16,9 +16,9 @@ from rag2.evaluation import open_questions, squad, stats
 from rag2.evaluation.open_questions import Writer, choose
 from rag2.generator import generate as module
 from rag2.generator import past
+from rag2.generator.choices import score_choices
 from rag2.generator.generate import generate
 from rag2.generator.load import Generator
-from rag2.generator.logprob import score_choices
 from rag2.generator.prompt import Prompt
 from rag2.kb.store import KnowledgeBase
 from rag2.registry import UserError

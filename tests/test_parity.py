@@ -14,8 +14,8 @@ import transformers
 import mmlu
 from rag2.evaluation.shots import Shots
 from rag2.generator.bpe import train_bpe
+from rag2.generator.choices import score_choices
 from rag2.generator.exact import exact_logprobs
-from rag2.generator.logprob import score_choices
 from rag2.generator.pairs import Pair, encode_pairs
 from rag2.generator.prompt import Prompt
 from rag2.types import Question

@@ -7,15 +7,20 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from rag2 import config
+from rag2.evaluation.questions import load_questions, split
 from rag2.generator.bpe import train_bpe
 from rag2.generator.load import Generator
 from rag2.generator.prompt import Prompt
+from rag2.kb.store import KnowledgeBase
 from rag2.registry import UserError
+from rag2.retrieval import gold_chunks
+from rag2.retriever.embed import embed_corpus
 from rag2.retriever.encoder import DualEncoder, EncoderConfig
 from small_runs import KINDS, Killed, Load, generations, killed_at, log, settings, start, weights
 from small_world import SHAPE, forget
@@ -138,7 +143,7 @@ def test_a_resume_with_other_settings_is_refused_in_one_line(
 # --- the log and the files of a run ---------------------------------------------------------------
 
 
-def test_a_joint_run_leaves_the_documented_files_and_keys(whole: dict[str, Path]):
+def test_a_joint_run_leaves_the_documented_files_and_keys(whole: dict[str, Path], home: Path):
     out = whole["joint"]
     rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(9))
@@ -151,6 +156,10 @@ def test_a_joint_run_leaves_the_documented_files_and_keys(whole: dict[str, Path]
     assert [row["index_age_steps"] for row in rows] == [0, 1, 2] * 3
     assert all(1 <= row["effective_chunks"] <= 8 and row["kept_prompts"] == 1 for row in rows)
     assert {len(row["retrieved_digest"]) for row in rows} == {64}
+    assert all(row["peak_memory_bytes"] > 2**26 for row in rows)
+    measured = {row["step"]: row["recall"] for row in rows if "recall" in row}
+    assert list(measured) == [0, 3, 6]  # wherever the index is of today's weights
+    assert measured[0] == pytest.approx(recall_at_5(home))
     names = {"config.yaml", "log.jsonl", "checkpoints", "generations", "final"}
     assert names <= {p.name for p in out.iterdir()}
     assert (out / "generations" / "current").read_text().strip() == "000003"
@@ -160,6 +169,25 @@ def test_a_joint_run_leaves_the_documented_files_and_keys(whole: dict[str, Path]
     count = sum(p.numel() for half in halves for p in half.parameters())
     assert manifest["meta"]["trained_parameters"] == count
     assert json.loads((out / "final" / "prompt.json").read_text()) == Prompt().model_dump()
+
+
+def recall_at_5(home: Path) -> float:
+    """Of the validation questions, by the encoder that joint training begins with."""
+    with KnowledgeBase(home / "data" / "kb.sqlite") as kb:
+        chunks = kb.chunks()
+    asked = split(load_questions(home / "data" / "questions.jsonl"), "validation")
+    encoder = DualEncoder.load(home / "retriever")
+    queries_QD = embed_corpus(encoder, [q.question for q in asked], side="question")
+    scores_QN = queries_QD @ embed_corpus(encoder, [chunk.passage for chunk in chunks]).T
+    best_Q5 = np.argsort(-scores_QN, axis=1)[:, :5]
+    gold = gold_chunks(asked, chunks)
+    hits = [
+        any(chunks[row].id in gold[question.id] for row in rows)
+        for question, rows in zip(asked, best_Q5, strict=True)
+        if gold[question.id]
+    ]
+    assert 0 < sum(hits) < len(hits)
+    return sum(hits) / len(hits)
 
 
 def test_the_warm_start_stops_when_validation_stops_rising_and_keeps_its_best(

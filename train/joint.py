@@ -32,6 +32,7 @@ from rag2.training.choices import Index, Loss, Refresh, Step, Tuning
 from rag2.training.log import Clock, progress
 from rag2.training.run import Run
 from rag2.training.step import TwoPass
+from rag2.training.watch import Watch
 from rag2.tuning.full import Full
 
 
@@ -86,8 +87,9 @@ def main(cfg: JointConfig) -> dict[str, float]:
     checkpoint.seed_everything(cfg.seed)
     with KnowledgeBase(Path(cfg.kb)) as kb:
         chunks, kb_version, kb_hash = kb.chunks(), kb.version, kb.content_hash()
-    questions = split(load_questions(cfg.questions), "train")
-    questions = subset(questions, cfg.question_share, cfg.seed)
+    everything = load_questions(cfg.questions)
+    questions = subset(split(everything, "train"), cfg.question_share, cfg.seed)
+    watch = Watch(everything, chunks)
     propose = Proposals(cfg.candidates, chunks, questions, cfg.seed)
     rag, halves = load(cfg, device)
     weights = [p for parameters, _ in halves.values() for p in parameters]
@@ -110,6 +112,11 @@ def main(cfg: JointConfig) -> dict[str, float]:
             asked = [questions[row].question for row in rows_B]
             answers = [questions[row].gold for row in rows_B]
 
+            age_steps, age_seconds = index.age(step)
+            line = {}
+            if age_steps == 0 and watch.questions:  # as good as the index will be for some time
+                line["recall"] = watch.recall_at_5(rag.retriever, index.search)
+
             # A stale index, words and chance propose; the loss scores with today's weights.
             queries_BD = embed_corpus(rag.retriever, asked, side="question")
             chunks_BK = propose(rows_B, index.search(queries_BD, cfg.candidates.dense), step)
@@ -124,7 +131,6 @@ def main(cfg: JointConfig) -> dict[str, float]:
             lr = optim.set_lr(optimizer, cfg.schedule.factor(step, cfg.steps))
             optimizer.step()
 
-            age_steps, age_seconds = index.age(step)
             run.log.write(
                 step=step,
                 loss=loss,
@@ -138,6 +144,7 @@ def main(cfg: JointConfig) -> dict[str, float]:
                 kept_prompts=result.kept,
                 retrieved_digest=digest([[chunk.id for chunk in row] for row in chunks_BK]),
                 seconds=clock.lap(),
+                **line,
             )
             advance(1, loss=loss)
             index.refresh(step)

@@ -22,14 +22,14 @@ from rag2.index.flat import Flat
 from rag2.kb.store import KnowledgeBase
 from rag2.losses.contrastive import info_nce, same_group
 from rag2.registry import UserError
-from rag2.retrieval import gold_chunks, recall
 from rag2.retriever.embed import embed_corpus
 from rag2.retriever.encoder import DualEncoder, EncoderConfig
 from rag2.training import batches, checkpoint, optim
 from rag2.training.log import Clock, progress
 from rag2.training.run import Run
 from rag2.training.sequences import load_tokenizer
-from rag2.types import Chunk, Question
+from rag2.training.watch import Watch
+from rag2.types import Chunk
 
 
 class RetrieverConfig(pipeline.Inputs):
@@ -106,27 +106,11 @@ class Pairs:
         return " ".join(span).strip()
 
 
-def recall_at_5(
-    encoder: DualEncoder, chunks: Sequence[Chunk], questions: Sequence[Question]
-) -> float:
-    """Share of questions with a gold chunk among the five nearest."""
+def recall_at_5(encoder: DualEncoder, chunks: Sequence[Chunk], watch: Watch) -> float:
+    """That of the validation questions, over the corpus as the encoder sees it now."""
     ids = np.array([chunk.id for chunk in chunks])
     index = Flat().build(embed_corpus(encoder, [chunk.passage for chunk in chunks]), ids)
-    queries = embed_corpus(encoder, [q.question for q in questions], side="question")
-    gold = gold_chunks(questions, chunks)
-    _, found = index.search(queries, min(5, len(chunks)))
-    return float(recall(found, [gold[q.id] for q in questions], 5).mean())
-
-
-def answerable(cfg: RetrieverConfig, chunks: Sequence[Chunk]) -> list[Question]:
-    """The validation questions with a gold chunk; UserError when there is none to stop by."""
-    assert cfg.questions
-    validation = split(load_questions(cfg.questions), "validation")
-    gold = gold_chunks(validation, chunks)
-    found = [question for question in validation if gold[question.id]]
-    if not found:
-        raise UserError(f"{cfg.questions}: no validation question names evidence in {cfg.kb}")
-    return found
+    return watch.recall_at_5(encoder, lambda queries_BD, k: index.search(queries_BD, k)[1])
 
 
 def main(cfg: RetrieverConfig) -> dict[str, float]:
@@ -139,7 +123,9 @@ def main(cfg: RetrieverConfig) -> dict[str, float]:
         chunks = kb.chunks()
     if not chunks:
         raise UserError(f"{cfg.kb}: the knowledge base is empty")
-    validation = answerable(cfg, chunks)
+    watch = Watch(split(load_questions(cfg.questions), "validation"), chunks)
+    if not watch.questions:  # nothing to stop by
+        raise UserError(f"{cfg.questions}: no validation question names evidence in {cfg.kb}")
     tokenizer = load_tokenizer(cfg.tokenizer) if cfg.tokenizer and not pretrained else None
     encoder = DualEncoder.build(cfg.encoder, tokenizer)
     pairs = Pairs(chunks, cfg)
@@ -166,7 +152,7 @@ def main(cfg: RetrieverConfig) -> dict[str, float]:
             optimizer.step()
             line = {"step": step, "loss": float(loss.detach()), "grad_norm": norm, "lr": lr}
             if (step + 1) % cfg.validate_every == 0 or step + 1 == cfg.steps:
-                line["recall"] = recall_at_5(encoder, chunks, validation)
+                line["recall"] = recall_at_5(encoder, chunks, watch)
                 waited += 1
                 if line["recall"] > top:
                     top, waited = line["recall"], 0

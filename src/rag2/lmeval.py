@@ -25,8 +25,9 @@ from transformers import StoppingCriteriaList
 from rag2.config import Config
 from rag2.evaluation.score import Scores, marginal
 from rag2.explain import mistake
+from rag2.generator.choices import encode_choices
 from rag2.generator.load import Generator
-from rag2.generator.logprob import Answer, answer_choices, pair_logprobs
+from rag2.generator.logprob import Answer, choice_answers, pair_logprobs
 from rag2.generator.prompt import GAP
 from rag2.index.flat import Flat
 from rag2.index.generation import Generation
@@ -116,7 +117,8 @@ class Rag(LM):
             contexts += prompts
             continuations += [endings] * len(prompts)
         model, tokenizer = self.generator.model, self.generator.tokenizer
-        answers = iter(answer_choices(model, tokenizer, contexts, continuations))
+        encoded = encode_choices(model, tokenizer, contexts, continuations)
+        answers = iter(encoded.arrange(choice_answers(model, encoded.requests)))
         result: list[Answer] = [(0.0, False)] * len(requests)
         for ((_, query), members), (count, dropped) in zip(grouped.items(), told, strict=True):
             rows = [next(answers) for _ in range(count)]

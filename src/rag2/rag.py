@@ -11,7 +11,8 @@ from einops import einsum, rearrange
 from torch import Tensor, nn
 
 from rag2.generator.load import Generator
-from rag2.generator.logprob import answer_logprob_rows, encode_pairs
+from rag2.generator.logprob import answer_logprob_rows
+from rag2.generator.pairs import encode_pairs
 from rag2.generator.prompt import Prompt
 from rag2.registry import UserError
 from rag2.retriever.encoder import DualEncoder

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from rag2.kb.store import KnowledgeBase
 from rag2.retrieval import Dense, Gold, Lexical, Random, Retriever, gold_chunks
 from rag2.retriever.embed import embed_corpus
 from rag2.retriever.encoder import DualEncoder, EncoderConfig
-from rag2.training.log import train_seconds
+from rag2.training.log import train_memory, train_seconds
 from rag2.types import Question
 
 # the stage that trains a dense retriever
@@ -101,14 +102,15 @@ class Systems:
             self._retrievers[name] = self._make(name)
         return self._retrievers[name]
 
-    def cost(self, arm: Arm) -> tuple[float | None, int | None]:
-        """Seconds of training and number of trained weights that the arm adds to the base.
+    def cost(self, arm: Arm) -> dict[str, Any]:
+        """What training adds to the base: seconds, weights that learned, and the peak memory.
 
         None where a part does not come from a run of rag2, so that nobody knows.
         """
+        unknown = {"train_seconds": None, "trained_parameters": None, "peak_memory_bytes": None}
         own = [self.parts.generators[arm.generator]] if arm.generator != "base" else []
         if arm.retriever == "warm" and self.parts.encoder:
-            return None, None
+            return unknown
         if arm.retriever in TRAINED_BY:
             own.append(self.parts.retrievers[str(arm.retriever)])
         runs = {run_of(path) for path in own}
@@ -116,8 +118,13 @@ class Systems:
         if {arm.generator, arm.retriever} & {"joint", "sft"} and "warm" in self.parts.retrievers:
             runs.add(run_of(self.parts.retrievers["warm"]))  # both start from the warm start
         if None in runs:
-            return None, None
-        return sum(train_seconds(run) for run in sorted(filter(None, runs))), sum(trained)
+            return unknown
+        known = sorted(filter(None, runs))
+        return {
+            "train_seconds": sum(map(train_seconds, known)),
+            "trained_parameters": sum(trained),
+            "peak_memory_bytes": max(filter(None, map(train_memory, known)), default=None),
+        }
 
     @cached_property
     def _bm25(self) -> BM25:

@@ -90,7 +90,7 @@ def killed_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
 def log(out: Path) -> list[dict[str, Any]]:
     """The lines of a run's log without wall-clock times."""
     rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if not k.endswith("seconds")} for row in rows]
+    return [{k: v for k, v in row.items() if not k.endswith(("seconds", "_bytes"))} for row in rows]
 
 
 def weights(out: Path) -> dict[str, str]:

@@ -12,8 +12,10 @@ from scipy.special import softmax
 from rag2.evaluation import score
 from rag2.evaluation.score import Floats, Ints, Scores
 from rag2.evaluation.select import Choice
+from rag2.generator.choices import Encoded, encode_choices
+from rag2.generator.exact import exact_choices
 from rag2.generator.load import Generator
-from rag2.generator.logprob import score_choices
+from rag2.generator.logprob import choice_logprobs
 from rag2.generator.prompt import Built, Prompt
 from rag2.registry import UserError, nearest
 from rag2.retrieval import Retriever
@@ -63,6 +65,7 @@ def arm(name: str) -> Arm:
 
 # A prompt: the question, and the ids of the chunks it is read with, best first; () is closed book.
 Item = tuple[Question, tuple[int, ...]]
+Key = tuple[str, tuple[int, ...]]  # the same by the question's id
 
 
 @dataclass
@@ -73,10 +76,14 @@ class Reader:
     prompt: Prompt
     by_id: dict[int, Chunk]
     batch_tokens: int = 8192
+    exact: bool = False
+    """a forward for every choice, equal to the bit to lm-evaluation-harness: slow"""
     headers: dict[str, str] = field(default_factory=dict)
     """question id -> what its prompt begins with, as `Prompt.header` makes it"""
-    known: dict[tuple[str, tuple[int, ...]], list[float]] = field(default_factory=dict)
-    dropped: dict[tuple[str, tuple[int, ...]], int] = field(default_factory=dict)
+    known: dict[Key, list[float]] = field(default_factory=dict)
+    tokens: dict[Key, int] = field(default_factory=dict)
+    """tokens of a prompt and its choices, as if nothing were shared with other prompts"""
+    dropped: dict[Key, int] = field(default_factory=dict)
     """prompts whose budget had no room for some of their chunks, and for how many"""
 
     def read(self, items: Sequence[Item]) -> None:
@@ -89,18 +96,20 @@ class Reader:
                 self.dropped[key] = built.dropped
             contexts.append(built.text)
             continuations.append(self.prompt.continuations(question.choices))
-        scored = self._score(contexts, continuations, [q.id for q, _ in todo.values()])
+        encoded = self._encode(contexts, continuations, [q.id for q, _ in todo.values()])
+        scored = self._score(encoded)
         for (question, _), scores in zip(todo, scored, strict=True):
             if not np.isfinite(scores).all():
                 raise UserError(f"the generator's log-likelihoods of {question!r} are not finite")
         self.known.update(zip(todo, scored, strict=True))
+        self.tokens.update(zip(todo, encoded.tokens(), strict=True))
 
     def unconditional(self, questions: Sequence[Question]) -> Floats:
         """log p(choice) in nats after no context at all [Q, C], for mutual information."""
         continuations = [self.prompt.continuations(question.choices) for question in questions]
         names = [question.id for question in questions]
-        scored = self._score([""] * len(questions), continuations, names)
-        return _table(questions, scored)
+        encoded = self._encode([""] * len(questions), continuations, names)
+        return _table(questions, self._score(encoded))
 
     def contexts(self, questions: Sequence[Question]) -> list[str]:
         """The prompt of each question without passages."""
@@ -120,16 +129,20 @@ class Reader:
             name=question.id,
         )
 
-    def _score(
+    def _encode(
         self,
         contexts: Sequence[str],
         continuations: Sequence[Sequence[str]],
         names: Sequence[str],
-    ) -> list[list[float]]:
+    ) -> Encoded:
         model, tokenizer = self.generator.model, self.generator.tokenizer
-        return score_choices(
-            model, tokenizer, contexts, continuations, self.batch_tokens, names=names
-        )
+        return encode_choices(model, tokenizer, contexts, continuations, names)
+
+    def _score(self, encoded: Encoded) -> list[list[float]]:
+        model = self.generator.model
+        if self.exact:
+            return encoded.arrange(exact_choices(model, encoded.requests))
+        return encoded.arrange(choice_logprobs(model, encoded.requests, self.batch_tokens))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

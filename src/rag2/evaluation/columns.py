@@ -72,7 +72,7 @@ COST = (
     Column("train s", "train_seconds", _seconds),
     Column("eval s", "eval_seconds", _seconds),
     Column("eval tokens", "eval_tokens", _count),
-    Column("peak memory", "peak_memory_bytes", _mebibytes),
+    Column("peak memory in training", "peak_memory_bytes", _mebibytes),
     Column("trained parameters", "trained_parameters", _count),
 )
 

@@ -53,6 +53,8 @@ class ArmResult:
     two_hop_accuracy: float | None = None
     train_seconds: float | None = 0.0
     eval_seconds: float = 0.0
+    eval_tokens: int | None = None
+    peak_memory_bytes: int | None = None
     trained_parameters: int | None = 0
     dropped_chunks: int = 0
 
@@ -160,6 +162,14 @@ def pool(runs: Sequence[ArmResult]) -> ArmResult:
         arrays = [getattr(run, key) for run in runs]
         return None if any(array is None for array in arrays) else joined(arrays, missing)
 
+    def most(key: str) -> Any:
+        values = [getattr(run, key) for run in runs]
+        return None if None in values else max(values)
+
+    def total(key: str) -> Any:
+        values = [getattr(run, key) for run in runs]
+        return None if None in values else sum(values)
+
     means = ("recall_at_1", "recall_at_k", "control_accuracy", "two_hop_accuracy")
     return replace(
         runs[0],
@@ -175,4 +185,6 @@ def pool(runs: Sequence[ArmResult]) -> ArmResult:
         reading=same("reading") or "mixed",
         **{key: same(key) for key in ("k", "temperature", "choice", "oracle")},
         **{key: mean(key) for key in (*means, "train_seconds", "eval_seconds")},
+        **{key: total(key) for key in ("eval_tokens", "dropped_chunks")},
+        peak_memory_bytes=most("peak_memory_bytes"),
     )

@@ -73,10 +73,13 @@ def summarize(
 
 
 def strip_times(results: Any) -> Any:
-    """A copy without wall-clock times (keys that end in `_seconds`), so that runs compare equal."""
+    """A copy without what a clock or the machine's memory said, so that runs compare equal.
+
+    That is every key that ends in `_seconds`, and `peak_memory_bytes`.
+    """
     if isinstance(results, Mapping):
-        kept = (key for key in results if not key.endswith("_seconds"))
-        return {key: strip_times(results[key]) for key in kept}
+        measured = ("_seconds", "peak_memory_bytes")
+        return {key: strip_times(results[key]) for key in results if not key.endswith(measured)}
     return [strip_times(item) for item in results] if isinstance(results, list) else results
 
 
@@ -112,6 +115,8 @@ def _arm(arm: ArmResult, groups: Sequence[str], base: ArmResult | None) -> dict[
         "groups": {key: found for key in groups if (found := _group(arm, key))},
         "train_seconds": arm.train_seconds,
         "eval_seconds": arm.eval_seconds,
+        "eval_tokens": arm.eval_tokens,
+        "peak_memory_bytes": arm.peak_memory_bytes,
         "trained_parameters": arm.trained_parameters,
         "dropped_chunks": arm.dropped_chunks,
     }

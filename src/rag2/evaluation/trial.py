@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from rag2.evaluation import arms, score, select
-from rag2.evaluation.arms import Arm, Found, Reader
+from rag2.evaluation.arms import Arm, Found, Key, Reader
 from rag2.evaluation.outcome import ArmResult, AtK
 from rag2.evaluation.results import CONTROLS
 from rag2.evaluation.score import Reading, Scores
@@ -91,6 +91,7 @@ def run(
         facts["debiased_Q"] = picks_Q == score.answers(sets.test)
     ids_QK = scored["test"].ids_QK
     right = [frozenset(gold.get(question.id, ())) for question in sets.test]
+    prompts = _prompts(sets.test, ids_QK, choice)
     return ArmResult.of(
         name,
         sets.test,
@@ -102,7 +103,8 @@ def run(
         retriever=arm.retriever,
         recall_at_1=score.recall_at(ids_QK, right, 1) if arm.retriever else None,
         recall_at_k=score.recall_at(ids_QK, right, choice.k) if choice else None,
-        dropped_chunks=_dropped(reader, sets.test, ids_QK, choice),
+        dropped_chunks=sum(reader.dropped.get(prompt, 0) for prompt in prompts),
+        eval_tokens=sum(reader.tokens[prompt] for prompt in prompts),
         eval_seconds=time.perf_counter() - began,
         **_beside(sets, scored, choice),
         **facts,
@@ -170,14 +172,11 @@ def _read(scores: Scores, choice: Choice) -> score.Floats:
     return score.read(scores, choice.reading, choice.k, choice.temperature)
 
 
-def _dropped(
-    reader: Reader, questions: Sequence[Question], ids_QK: score.Ints, choice: Choice | None
-) -> int:
-    """How many of the chunks that the arm was to read had no room in their prompt."""
-    if choice is None:
-        return 0
-    count = 0
-    for question, ids in zip(questions, ids_QK[:, : choice.k].tolist(), strict=True):
-        prompts = [tuple(ids)] if choice.reading == "concat" else [(chunk,) for chunk in ids]
-        count += sum(reader.dropped.get((question.id, prompt), 0) for prompt in prompts)
-    return count
+def _prompts(questions: Sequence[Question], ids_QK: score.Ints, choice: Choice | None) -> list[Key]:
+    """What the arm reads to answer the questions, of all that was scored to choose its K."""
+    keys: list[Key] = []
+    k = choice.k if choice else 0
+    for question, row in zip(questions, ids_QK[:, :k].tolist(), strict=True):
+        alone = k > 1 and choice is not None and choice.reading == "marginal"
+        keys += [(question.id, (i,)) for i in row] if alone else [(question.id, tuple(row))]
+    return keys

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from rag2.generator.head import Model
+from rag2.generator.logprob import Request
 from rag2.generator.pairs import Pair, check_pairs, place
 from rag2.modes import evaluating
 
@@ -31,3 +32,10 @@ def exact_logprobs(model: Model, pairs: Sequence[Pair]) -> list[float]:
             logp_1T1 = logp_1LV[:, -len(continuation) :].gather(-1, labels_1T1)
             scores.append(logp_1T1.sum().item())
     return scores
+
+
+def exact_choices(model: Model, requests: Sequence[Request]) -> list[list[float]]:
+    """`exact_logprobs` of every continuation of every request."""
+    pairs = [(r.context_ids, ids) for r in requests for ids in r.continuations]
+    scores = iter(exact_logprobs(model, pairs))
+    return [[next(scores) for _ in request.continuations] for request in requests]

@@ -7,7 +7,6 @@ continuation tokens of all pairs in one line, V vocabulary. Log-softmax is in fp
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
 
 import torch
 from einops import rearrange
@@ -19,8 +18,6 @@ from rag2.generator.pairs import (
     Pair,
     check_length,
     check_pairs,
-    check_room,
-    encode_pairs,
     lay_out,
     length,
     place,
@@ -45,51 +42,6 @@ class Request:
 
 
 # -- evaluation: no gradient ---------------------------------------------------------------------
-
-
-def score_choices(
-    model: Model,
-    tokenizer: Any,
-    contexts: Sequence[str],
-    continuations: Sequence[Sequence[str]],
-    batch_tokens: int = 8192,
-    names: Sequence[str] = (),
-) -> list[list[float]]:
-    """log p(continuation | context) in nats, for every continuation of every context."""
-    rows = answer_choices(model, tokenizer, contexts, continuations, batch_tokens, names)
-    return [[logp for logp, _ in row] for row in rows]
-
-
-def answer_choices(
-    model: Model,
-    tokenizer: Any,
-    contexts: Sequence[str],
-    continuations: Sequence[Sequence[str]],
-    batch_tokens: int = 8192,
-    names: Sequence[str] = (),
-) -> list[list[Answer]]:
-    """As `score_choices`, and whether each continuation is what greedy decoding would say.
-
-    A merge across the boundary can give the choices of one context different context ids; equal
-    ids are encoded once, wherever they come from. Raises UserError for a context and continuation
-    longer than the model's positions; it tells the context's name (a question's id), or its end.
-    """
-    grouped: dict[tuple[int, ...], list[list[int]]] = {}
-    places: list[list[tuple[tuple[int, ...], int]]] = []
-    texts = [(c, choice) for c, cs in zip(contexts, continuations, strict=True) for choice in cs]
-    encoded = iter(encode_pairs(tokenizer, texts))
-    for number, choices in enumerate(continuations):
-        places.append([])
-        for _ in choices:
-            context_ids, continuation_ids = next(encoded)
-            called = names[number] if names else contexts[number][-60:]
-            check_room(model, len(context_ids), len(continuation_ids), called)
-            group = grouped.setdefault(tuple(context_ids), [])
-            places[-1].append((tuple(context_ids), len(group)))
-            group.append(continuation_ids)
-    requests = [Request(context_ids, group) for context_ids, group in grouped.items()]
-    answers = dict(zip(grouped, choice_answers(model, requests, batch_tokens), strict=True))
-    return [[answers[context_ids][i] for context_ids, i in place] for place in places]
 
 
 def choice_logprobs(

@@ -3,12 +3,15 @@
 import fcntl
 import json
 import os
+import resource
+import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -46,8 +49,8 @@ class RunLog:
         self._file = self.path.open("a", encoding="utf-8")
 
     def write(self, **values: Any) -> None:
-        """Write one line; it is on its way to disk when this returns."""
-        self._file.write(json.dumps(values) + "\n")
+        """Write one line, with the peak memory until now; it is on its way to disk on return."""
+        self._file.write(json.dumps({**values, "peak_memory_bytes": peak_memory()}) + "\n")
         self._file.flush()
 
     def close(self) -> None:
@@ -79,6 +82,25 @@ def _lines(path: Path) -> Iterator[str]:
 def train_seconds(directory: Path) -> float:
     """Wall-clock seconds that the steps of a run took, from its log."""
     return sum(json.loads(line).get("seconds", 0.0) for line in _lines(directory / "log.jsonl"))
+
+
+def train_memory(directory: Path) -> int | None:
+    """Peak memory of a run's process in bytes, from its log; None where no step was logged."""
+    lines = map(json.loads, _lines(directory / "log.jsonl"))
+    return max((line.get("peak_memory_bytes", 0) for line in lines), default=0) or None
+
+
+def peak_memory() -> int:
+    """The most memory this process has held at once, in bytes: the GPU's, where it uses one."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return torch.cuda.max_memory_allocated()
+    # Linux's ru_maxrss begins with that of the process that started this one; VmHWM does not.
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 class Bars:

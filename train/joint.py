@@ -122,7 +122,7 @@ def main(cfg: JointConfig) -> dict[str, float]:
             chunks_BK = propose(rows_B, index.search(queries_BD, cfg.candidates.dense), step)
             optimizer.zero_grad(set_to_none=True)
             result = cfg.step(
-                rag, cfg.loss, asked, answers, chunks_BK, in_batch=cfg.candidates.in_batch
+                rag, cfg.loss.at(step), asked, answers, chunks_BK, cfg.candidates.in_batch
             )
 
             distributed.average_gradients(weights)

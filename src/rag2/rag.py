@@ -1,7 +1,7 @@
 """Question -> chunks -> log-probabilities: retriever and generator as one module.
 
-Letters: B questions, K chunks per question, R = B*K (question, chunk) pairs, T answer tokens,
-D embedding, U distinct chunks of a batch.
+Letters: B questions, K chunks per question, S prompts per question (by default K, a chunk each),
+R = B*S prompts of a batch, T answer tokens, D embedding, U distinct chunks of a batch.
 """
 
 from collections.abc import Sequence
@@ -14,6 +14,7 @@ from rag2.generator.load import Generator
 from rag2.generator.logprob import answer_logprob_rows
 from rag2.generator.pairs import encode_pairs
 from rag2.generator.prompt import Prompt
+from rag2.losses.base import Subset
 from rag2.registry import UserError
 from rag2.retriever.encoder import DualEncoder
 from rag2.types import Chunk
@@ -54,22 +55,31 @@ class Rag(nn.Module):
         return scores_BK, scores_BU.logsumexp(1) - scores_BK.logsumexp(1)
 
     def pairs(
-        self, questions: Sequence[str], answers: Sequence[str], chunks_BK: Sequence[Sequence[Chunk]]
+        self,
+        questions: Sequence[str],
+        answers: Sequence[str],
+        chunks_BK: Sequence[Sequence[Chunk]],
+        subsets: Sequence[Subset] | None = None,
     ) -> list[Pair]:
-        """Token ids (context, answer) of every (question, chunk) pair, in the order b k.
+        """Token ids (context, answer) of every prompt, in the order b s.
 
-        Raises UserError for a chunk that the prompt's budget leaves no room for: without it, the
-        pair would teach that the chunk says nothing.
+        `subsets` are the S prompts of a question by the places of their chunks, best first; None
+        reads each of the K chunks alone. A chunk without text (the NULL chunk) adds nothing to a
+        prompt. Raises UserError for chunks that the prompt's budget leaves no room for: without
+        them, the pair would teach that they say nothing.
         """
         texts = []
         for question, answer, chunks in zip(questions, answers, chunks_BK, strict=True):
-            for chunk in chunks:
-                built = self.prompt.context(question, [chunk.passage], self.tokenizer)
+            for subset in subsets or [(place,) for place in range(len(chunks))]:
+                read = [chunks[place] for place in subset if chunks[place].passage]
+                passages = [chunk.passage for chunk in read]
+                built = self.prompt.context(question, passages, self.tokenizer)
                 if built.dropped:
                     raise UserError(
-                        f"prompt.budget={self.prompt.budget}: chunk {chunk.id} of document "
-                        f"{chunk.document!r} does not fit beside its question; raise the budget "
-                        "or build the knowledge base with shorter chunks"
+                        f"prompt.budget={self.prompt.budget}: chunk {read[-1].id} of document "
+                        f"{read[-1].document!r} does not fit beside its question"
+                        + (f" and {len(read) - 1} other chunks" if len(read) > 1 else "")
+                        + "; raise the budget or build the knowledge base with shorter chunks"
                     )
                 texts.append((built.text, " " + answer))
         return encode_pairs(self.tokenizer, texts)
@@ -79,12 +89,16 @@ class Rag(nn.Module):
         return answer_logprob_rows(self.generator, pairs)
 
     def forward(
-        self, questions: Sequence[str], answers: Sequence[str], chunks_BK: Sequence[Sequence[Chunk]]
+        self,
+        questions: Sequence[str],
+        answers: Sequence[str],
+        chunks_BK: Sequence[Sequence[Chunk]],
+        subsets: Sequence[Subset] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Scores_BK, crowding_B, logp_BKT and mask_BKT: all that a loss needs, in one graph."""
+        """Scores_BK, crowding_B, logp_BST and mask_BST: all that a loss needs, in one graph."""
         scores_BK, crowding_B = self.scores(questions, chunks_BK)
-        logp_RT, mask_RT = self.logp(self.pairs(questions, answers, chunks_BK))
-        shape = {"k": scores_BK.shape[1]}
-        logp_BKT = rearrange(logp_RT, "(b k) t -> b k t", **shape)
-        mask_BKT = rearrange(mask_RT, "(b k) t -> b k t", **shape)
-        return scores_BK, crowding_B, logp_BKT, mask_BKT
+        logp_RT, mask_RT = self.logp(self.pairs(questions, answers, chunks_BK, subsets))
+        shape = {"b": len(questions)}
+        logp_BST = rearrange(logp_RT, "(b s) t -> b s t", **shape)
+        mask_BST = rearrange(mask_RT, "(b s) t -> b s t", **shape)
+        return scores_BK, crowding_B, logp_BST, mask_BST

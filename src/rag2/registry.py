@@ -39,6 +39,11 @@ TABLES: dict[str, dict[str, str]] = {
     },
     "loss": {
         "marginal": "rag2.losses.marginal:Marginal",
+        "emdr2": "rag2.losses.emdr2:EMDR2",
+        "pdist": "rag2.losses.pdist:PDist",
+        "loop": "rag2.losses.loop:LOOP",
+        "hard_em": "rag2.losses.hard_em:HardEM",
+        "distil_then_marginal": "rag2.losses.schedule:DistilThenMarginal",
     },
     "tuning": {
         "full": "rag2.tuning.full:Full",

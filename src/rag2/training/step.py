@@ -1,11 +1,12 @@
 """Two equal paths for one joint step: everything in one graph, or a posterior first.
 
 Both leave the same gradients (a test holds them to it at `skip_below=0`); they differ in cost. With
-f = share of prompts kept, one pass costs 3 forwards of all B*K prompts and holds all their
-activations; two passes cost 1 + 3f and hold one micro-batch.
+f = share of prompts kept, one pass costs 3 forwards of all B*S prompts and holds all their
+activations; two passes cost 1 + 3f and hold one micro-batch. (S = K for a loss that reads each
+chunk alone.)
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,10 +16,9 @@ from pydantic import Field
 from torch import Tensor
 
 from rag2.config import Config
+from rag2.losses.base import JointLoss
 from rag2.rag import Pair, Rag
 from rag2.types import Chunk
-
-Loss = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,14 +32,14 @@ class StepResult:
 
 
 class OnePass(Config):
-    """One graph over all B*K prompts."""
+    """One graph over all prompts."""
 
     name: Literal["one_pass"] = "one_pass"
 
     def __call__(
         self,
         rag: Rag,
-        loss: Loss,
+        loss: JointLoss,
         questions: Sequence[str],
         answers: Sequence[str],
         chunks_BK: Sequence[Sequence[Chunk]],
@@ -49,8 +49,9 @@ class OnePass(Config):
 
         `in_batch` adds the crowding of `Rag.scores` to each question's loss.
         """
-        scores_BK, crowding_B, logp_BKT, mask_BKT = rag(questions, answers, chunks_BK)
-        loss_B, posterior_BK = loss(scores_BK, logp_BKT, mask_BKT)
+        subsets = loss.subsets(len(chunks_BK[0]))
+        scores_BK, crowding_B, logp_BST, mask_BST = rag(questions, answers, chunks_BK, subsets)
+        loss_B, posterior_BK = loss(scores_BK, logp_BST, mask_BST)
         loss_B = loss_B + crowding_B if in_batch else loss_B
         if loss_B.requires_grad:
             loss_B.mean().backward()
@@ -63,8 +64,9 @@ class TwoPass(Config):
 
     The log-probabilities of the first pass become leaves of the loss; the gradient that arrives at
     them is what the second pass sends back through the generator, micro-batch by micro-batch (the
-    gradient-caching idea of Gao et al. 2021). `skip_below`: prompts whose posterior is smaller are
-    left out of the second pass; their share of the gradient is that small too.
+    gradient-caching idea of Gao et al. 2021). `skip_below`: prompts whose tokens weigh less in
+    their question's loss (of the sequence marginal: whose posterior is smaller) are left out of the
+    second pass; their share of the gradient is that small too.
     """
 
     name: Literal["two_pass"] = "two_pass"
@@ -74,7 +76,7 @@ class TwoPass(Config):
     def __call__(
         self,
         rag: Rag,
-        loss: Loss,
+        loss: JointLoss,
         questions: Sequence[str],
         answers: Sequence[str],
         chunks_BK: Sequence[Sequence[Chunk]],
@@ -84,25 +86,27 @@ class TwoPass(Config):
 
         `in_batch` adds the crowding of `Rag.scores` to each question's loss.
         """
-        pairs = rag.pairs(questions, answers, chunks_BK)
+        subsets = loss.subsets(len(chunks_BK[0]))
+        pairs = rag.pairs(questions, answers, chunks_BK, subsets)
         order = sorted(range(len(pairs)), key=lambda r: len(pairs[r][0]) + len(pairs[r][1]))
         pieces = [order[i : i + self.micro_batch] for i in range(0, len(order), self.micro_batch)]
         logp_RT, mask_RT, states = self._first_pass(rag, pairs, pieces)
 
         scores_BK, crowding_B = rag.scores(questions, chunks_BK)
         logp_RT.requires_grad_(True)
-        shape = {"k": scores_BK.shape[1]}
+        shape = {"s": len(subsets)}
         loss_B, posterior_BK = loss(
             scores_BK,
-            rearrange(logp_RT, "(b k) t -> b k t", **shape),
-            rearrange(mask_RT, "(b k) t -> b k t", **shape),
+            rearrange(logp_RT, "(b s) t -> b s t", **shape),
+            rearrange(mask_RT, "(b s) t -> b s t", **shape),
         )
         loss_B = loss_B + crowding_B if in_batch else loss_B
         loss_B.mean().backward()
         grad_RT = logp_RT.grad
         kept = 1.0
         if grad_RT is not None and any(p.requires_grad for p in rag.generator.parameters()):
-            felt_R = rearrange(posterior_BK.detach(), "b k -> (b k)") >= self.skip_below
+            # Of the marginal, what arrives at a token is its prompt's posterior, a B-th of it.
+            felt_R = len(questions) * grad_RT.abs().amax(1) >= self.skip_below
             kept = float(felt_R.float().mean())
             self._second_pass(rag, pairs, pieces, states, grad_RT, felt_R)
         prior_BK = scores_BK.detach().softmax(-1)

@@ -1,0 +1,77 @@
+"""What every loss of joint training is: which prompts it reads, and a scalar a question.
+
+Letters: B questions, K retrieved chunks, S prompts a question, T answer tokens.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from rag2.config import Config
+
+Subset = tuple[int, ...]  # the places, among a question's K chunks, of those in one prompt
+
+
+class JointLoss(Config):
+    """Scores_BK and the answer's logp_BST under S prompts -> (loss_B in nats, posterior_BK)."""
+
+    def subsets(self, k: int) -> list[Subset]:
+        """The S prompts of a question with K chunks; by default each chunk is read alone."""
+        return [(chunk,) for chunk in range(k)]
+
+    def at(self, step: int) -> "JointLoss":
+        """The loss of a training step; only a schedule has another than itself."""
+        return self
+
+    def __call__(
+        self, scores_BK: Tensor, logp_BST: Tensor, mask_BST: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """(loss_B in nats, posterior_BK without gradient); the mask is 1 on answer tokens.
+
+        The scores are the logits of p(z|x). Whatever stands under a false mask is ignored.
+        """
+        raise NotImplementedError
+
+
+def summed(logp_BST: Tensor, mask_BST: Tensor) -> Tensor:
+    """log p(answer | prompt), the sum over its tokens, [B, S]."""
+    return torch.where(mask_BST.bool(), logp_BST, 0).sum(-1)
+
+
+def per_token(logp_BST: Tensor, mask_BST: Tensor) -> Tensor:
+    """The mean log p of an answer's tokens [B, S]: comparable across answers of any length."""
+    return summed(logp_BST, mask_BST) / mask_BST.sum(-1).clamp_min(1)
+
+
+def reader_nll(logp_BST: Tensor, mask_BST: Tensor, everything: int) -> Tensor:
+    """-log p(y | x, all chunks in prompt `everything`) [B]: what a reader of them all learns by.
+
+    It stands where Fusion-in-Decoder's cross-entropy does (Izacard and Grave 2021); a causal LM
+    reads the chunks one after the other instead of fusing their encodings.
+    """
+    chosen = slice(everything, everything + 1)
+    return -summed(logp_BST[:, chosen], mask_BST[:, chosen])[:, 0]
+
+
+def divergence(target_BK: Tensor, scores_BK: Tensor) -> Tensor:
+    """KL(q || p) = sum_k q_k (log q_k - log p_k) [B] in nats, p = softmax_k of the scores.
+
+    A sum over k, so that the mean over questions is torch's `batchmean`; its default `mean` also
+    divides by K. Gradient to the scores: p - q. The target carries none.
+    """
+    q_BK = target_BK.detach()
+    logp_BK = scores_BK.log_softmax(-1)
+    terms_BK = torch.where(q_BK > 0, q_BK * (q_BK.clamp_min(1e-38).log() - logp_BK), 0)
+    return terms_BK.sum(-1)
+
+
+def one_hot(place_B: Tensor, like_BK: Tensor) -> Tensor:
+    """1 at a question's place, 0 elsewhere, [B, K]."""
+    return torch.zeros_like(like_BK).scatter(1, rearrange(place_B, "b -> b 1"), 1.0)
+
+
+def without_each(k: int) -> Sequence[Subset]:
+    """All chunks but one, for each one."""
+    return [tuple(other for other in range(k) if other != left) for left in range(k)]

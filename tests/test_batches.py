@@ -8,12 +8,14 @@ from rag2.generator.load import Generator
 from rag2.generator.prompt import Prompt
 from rag2.kb.lexical import BM25
 from rag2.registry import UserError
+from rag2.retriever.embed import embed_corpus
+from rag2.retriever.encoder import DualEncoder, EncoderConfig
 from rag2.training import batches
-from rag2.training.candidates import Candidates, Proposals
+from rag2.training.candidates import NULL, Candidates, Proposals, rerank
 from rag2.training.objectives import Supervised, Unsupervised
 from rag2.training.sequences import blocks, collate, reading, said_twice, weigh
 from rag2.types import Chunk, Question
-from small_world import asked
+from small_world import SHAPE, asked, roughen
 
 pytestmark = pytest.mark.usefixtures("seed")
 
@@ -111,6 +113,59 @@ def test_the_corpus_may_be_as_small_as_k_and_no_smaller(chunks: list[Chunk]):
         Proposals(cfg, chunks[:3], asked(chunks, 1), 0)
     with pytest.raises(UserError, match="K = 0"):
         Proposals(Candidates(dense=0, bm25=0, random=0), chunks, asked(chunks, 1), 0)
+
+
+def test_the_source_of_a_question_is_never_proposed(chunks: list[Chunk], seed: int):
+    documents = list(dict.fromkeys(chunk.document for chunk in chunks))
+    questions = [
+        Question(
+            f"q{number}", chunk.text[:60], (chunk.title, "b"), 0, metadata={"source": document}
+        )
+        for number, document in enumerate(documents[:12])
+        for chunk in [next(chunk for chunk in chunks if chunk.document == document)]
+    ]
+    dense = BM25(chunks).search([q.question for q in questions], 12)[1]  # the source comes first
+    document_of = {chunk.id: chunk.document for chunk in chunks}
+    for remove in (False, True):
+        cfg = Candidates(dense=3, bm25=2, random=2, remove_source=remove)
+        propose = Proposals(cfg, chunks, questions, seed)
+        assert propose.depth == (11 if remove else 3)
+        found = ids(propose(np.arange(12), dense[:, : propose.depth], 0))
+        assert all(len(set(row)) == 7 for row in found)
+        hits = [
+            question.metadata["source"] in {document_of[i] for i in row}
+            for question, row in zip(questions, found, strict=True)
+        ]
+        assert not any(hits) if remove else all(hits)
+    only = [chunk for chunk in chunks if chunk.document == documents[0]] + chunks[-2:]
+    with pytest.raises(UserError, match="without a source there are fewer"):
+        Proposals(Candidates(dense=3, bm25=0, random=0, remove_source=True), only, questions, 0)
+
+
+def test_the_null_chunk_comes_last_and_says_nothing(chunks: list[Chunk]):
+    cfg = Candidates(dense=2, bm25=0, random=1, null=True)
+    dense = np.array([[chunks[5].id, chunks[3].id]])
+    (row,) = Proposals(cfg, chunks, asked(chunks, 1), 0)(np.array([0]), dense, 0)
+    assert len(row) == cfg.k == 4 and row[-1] == NULL and NULL.passage == ""
+
+
+def test_what_the_index_found_is_ordered_anew_by_todays_encoder(
+    chunks: list[Chunk], tokenizer, seed: int
+):
+    encoder = DualEncoder.build(EncoderConfig(**SHAPE), tokenizer)
+    roughen(encoder.towers, 0.2)
+    some = chunks[:30]
+    queries = embed_corpus(encoder, ["a ship", "the mill", "who?"], side="question")
+    scores = queries @ embed_corpus(encoder, [chunk.passage for chunk in some]).T
+    found = np.random.default_rng(seed).permuted(np.tile(np.arange(30), (3, 1)), axis=1)[:, :12]
+    stale = np.array([[some[place].id for place in row] for row in found])
+    fresh = rerank(encoder, queries, stale, {chunk.id: chunk for chunk in some})
+    for row in range(3):
+        places = sorted(found[row], key=lambda place: (-scores[row, place], some[place].id))
+        assert fresh[row].tolist() == [some[place].id for place in places]
+    assert not np.array_equal(fresh, stale)
+    with pytest.raises(UserError, match=r"candidates.over=3: fewer than candidates.dense=4"):
+        Proposals(Candidates(over=3), chunks, asked(chunks, 1), 0)
 
 
 # --- sequences ------------------------------------------------------------------------------------

@@ -12,10 +12,16 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from rag2.evaluation.questions import load_questions, split
 from rag2.generator.load import Generator
 from rag2.generator.prompt import Prompt
+from rag2.losses.base import JointLoss
+from rag2.losses.emdr2 import EMDR2
+from rag2.losses.hard_em import HardEM
+from rag2.losses.loop import LOOP
 from rag2.losses.marginal import Marginal
+from rag2.losses.pdist import PDist
 from rag2.rag import Pair, Rag
 from rag2.registry import UserError
 from rag2.retriever.encoder import DualEncoder, EncoderConfig
+from rag2.training.candidates import NULL
 from rag2.training.step import OnePass, TwoPass
 from rag2.tuning.lora import LoRA
 from rag2.types import Chunk
@@ -233,6 +239,40 @@ def test_one_pass_and_two_passes_leave_equal_gradients(
     for field in ("loss_B", "posterior_BK", "prior_BK"):
         torch.testing.assert_close(getattr(one, field), getattr(two, field), atol=1e-4, rtol=1e-4)
     assert one.kept == two.kept == 1.0
+
+
+@pytest.mark.parametrize("loss", [EMDR2(), PDist(), LOOP(), HardEM()], ids=lambda loss: loss.name)
+def test_both_paths_agree_on_losses_that_read_chunks_together_and_on_the_null_chunk(
+    rag: Rag, batch: Batch, loss: JointLoss
+):
+    questions, answers, chunks_BK = batch
+    chunks_BK = [[*row, NULL] for row in chunks_BK]
+    results = []
+    for step in (OnePass(), TwoPass(micro_batch=4)):
+        rag.zero_grad(set_to_none=True)
+        results.append((step(rag, loss, questions, answers, chunks_BK), left(rag)))
+    (one, a), (two, b) = results
+    assert not differing(a, b)
+    torch.testing.assert_close(one.loss_B, two.loss_B, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(one.posterior_BK, two.posterior_BK, atol=1e-4, rtol=1e-4)
+    for half in (rag.retriever, rag.generator):
+        assert any(p.grad is not None and p.grad.abs().max() > 0 for p in half.parameters())
+
+
+def test_the_prompts_of_a_loss_hold_their_chunks_the_first_nearest_the_question(
+    rag: Rag, batch: Batch
+):
+    questions, answers, chunks_BK = batch
+    chunks_BK = [[*row[:2], NULL] for row in chunks_BK]
+    subsets = EMDR2().subsets(3)
+    assert subsets == [(0,), (1,), (2,), (0, 1, 2)]
+    pairs = rag.pairs(questions, answers, chunks_BK, subsets)
+    for row, question in enumerate(questions):
+        first, second = (chunk.passage for chunk in chunks_BK[row][:2])
+        for place, passages in enumerate([[first], [second], [], [first, second]]):
+            expected = Prompt().context(question, passages, rag.tokenizer).text
+            assert pairs[4 * row + place][0] == rag.tokenizer.encode(expected), place
+        assert Prompt().context(question, [first, second], rag.tokenizer).text.startswith(second)
 
 
 class Pieced(Rag):

@@ -27,7 +27,7 @@ from rag2.reindex import LiveIndex, Reindexer, SyncRefresh
 from rag2.retriever.embed import embed_corpus
 from rag2.retriever.encoder import DualEncoder, EncoderConfig
 from rag2.training import batches, checkpoint, distributed, optim
-from rag2.training.candidates import Candidates, Proposals
+from rag2.training.candidates import Candidates, Proposals, rerank
 from rag2.training.choices import Index, Loss, Refresh, Step, Tuning
 from rag2.training.log import Clock, progress
 from rag2.training.run import Run
@@ -119,7 +119,10 @@ def main(cfg: JointConfig) -> dict[str, float]:
 
             # A stale index, words and chance propose; the loss scores with today's weights.
             queries_BD = embed_corpus(rag.retriever, asked, side="question")
-            chunks_BK = propose(rows_B, index.search(queries_BD, cfg.candidates.dense), step)
+            found_BM = index.search(queries_BD, propose.depth)
+            if cfg.candidates.over:
+                found_BM = rerank(rag.retriever, queries_BD, found_BM, propose.by_id)
+            chunks_BK = propose(rows_B, found_BM, step)
             optimizer.zero_grad(set_to_none=True)
             result = cfg.step(
                 rag, cfg.loss.at(step), asked, answers, chunks_BK, cfg.candidates.in_batch

@@ -1,6 +1,7 @@
 """Which chunks a training question is scored against: by the index, by words, by chance."""
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from pydantic import Field
@@ -8,8 +9,13 @@ from pydantic import Field
 from rag2.config import Config
 from rag2.kb.lexical import BM25
 from rag2.registry import UserError
+from rag2.retriever.embed import embed_corpus
+from rag2.retriever.encoder import DualEncoder
 from rag2.training import batches
 from rag2.types import Chunk, Question
+
+NULL = Chunk(-1, "", "")
+SPARE = 8  # chunks of one document that may have to be left out
 
 
 class Candidates(Config):
@@ -24,6 +30,14 @@ class Candidates(Config):
     (Karpukhin et al. 2020, section 4.2), for questions whose own words do not find their chunk"""
     random: int = Field(default=1, ge=0)
     """by chance: a softmax over only the best K is too sure of itself"""
+    over: int = Field(default=0, ge=0)
+    """of so many that the index proposes, today's encoder chooses the best; 0: as proposed"""
+    null: bool = False
+    """also the NULL chunk, an empty text: where it explains the answer as well, the others get no
+    credit (Guu et al. 2020, section 3.4)"""
+    remove_source: bool = False
+    """never the document that a question's metadata names as its `source`: of a question made from
+    a text, that text is a trivial answer (Guu et al. 2020, section 3.4)"""
     in_batch: bool = False
     """also the candidates of the batch's other questions, on the same device, as negatives: p(z|x)
     is normalised over all of them, while only the question's own K are read. The loss is then an
@@ -32,7 +46,12 @@ class Candidates(Config):
     @property
     def k(self) -> int:
         """Chunks per question."""
-        return self.dense + self.bm25 + self.answer + self.random
+        return self.dense + self.bm25 + self.answer + self.random + self.null
+
+    @property
+    def depth(self) -> int:
+        """How many the index is asked for; more than are needed where some may be removed."""
+        return max(self.over, self.dense) + SPARE * (self.remove_source and self.dense > 0)
 
 
 class Proposals:
@@ -45,13 +64,20 @@ class Proposals:
         self, cfg: Candidates, chunks: Sequence[Chunk], questions: Sequence[Question], seed: int
     ) -> None:
         """Raises UserError when K is zero or larger than the corpus."""
-        if not 0 < cfg.k <= len(chunks):
+        if not 0 < cfg.k - cfg.null <= len(chunks):
             raise UserError(f"candidates: K = {cfg.k}, but the corpus has {len(chunks)} chunks")
-        self.cfg, self.seed = cfg, seed
+        if 0 < cfg.over < cfg.dense:
+            raise UserError(f"candidates.over={cfg.over}: fewer than candidates.dense={cfg.dense}")
+        self.cfg, self.seed, self.depth = cfg, seed, min(cfg.depth, len(chunks))
         self.by_id = {chunk.id: chunk for chunk in chunks}
+        self.sources = [_source(question) if cfg.remove_source else None for question in questions]
         self.ids_N = np.array(list(self.by_id))
+        lengths = Counter(chunk.document for chunk in chunks)
+        longest = max((lengths[source] for source in self.sources if source), default=0)
+        if len(chunks) - longest < cfg.k - cfg.null:
+            raise UserError(f"candidates: K = {cfg.k}, but without a source there are fewer chunks")
         # Deep enough that each source has its share left when those before it found the same.
-        depth = min(cfg.k - cfg.random, len(chunks))
+        depth = min(cfg.k - cfg.random + SPARE * cfg.remove_source, len(chunks))
         sources = [(cfg.bm25, [q.question for q in questions])]
         sources += [(cfg.answer, [f"{q.question} {q.gold}" for q in questions])]
         bm25 = BM25(chunks) if any(count for count, _ in sources) else None
@@ -59,16 +85,42 @@ class Proposals:
             (count, bm25.search(texts, depth)[1]) for count, texts in sources if bm25 and count
         ]
 
-    def __call__(self, rows_B: np.ndarray, dense_BK: np.ndarray, step: int) -> list[list[Chunk]]:
+    def __call__(self, rows_B: np.ndarray, dense_BM: np.ndarray, step: int) -> list[list[Chunk]]:
         """Chunks_BK for the questions in rows_B, given what the index found for them."""
         chunks_BK = []
-        for row, dense in zip(rows_B, dense_BK, strict=True):
+        for row, dense in zip(rows_B, dense_BM, strict=True):
             rng = batches.generator(self.seed, step, int(row))
-            picked = dict.fromkeys(dense.tolist())
-            for count, ids_QM in self.lexical:
-                fresh = [i for i in ids_QM[row].tolist() if i not in picked]
+            source = self.sources[row]
+            picked: dict[int, None] = {}
+            found = [(self.cfg.dense, dense), *((n, ids_QM[row]) for n, ids_QM in self.lexical)]
+            for count, ids in found:
+                fresh = [i for i in ids.tolist() if i not in picked and self._may(i, source)]
                 picked.update(dict.fromkeys(fresh[:count]))
-            while len(picked) < self.cfg.k:
-                picked.setdefault(int(self.ids_N[rng.integers(len(self.ids_N))]))
-            chunks_BK.append([self.by_id[i] for i in picked])
+            while len(picked) < self.cfg.k - self.cfg.null:
+                drawn = int(self.ids_N[rng.integers(len(self.ids_N))])
+                if self._may(drawn, source):
+                    picked.setdefault(drawn)
+            chunks_BK.append([self.by_id[i] for i in picked] + [NULL] * self.cfg.null)
         return chunks_BK
+
+    def _may(self, chunk: int, source: str | None) -> bool:
+        """Whether the chunk is of another document than the question's source."""
+        return source is None or self.by_id[chunk].document != source
+
+
+def rerank(
+    encoder: DualEncoder, queries_BD: np.ndarray, ids_BM: np.ndarray, by_id: Mapping[int, Chunk]
+) -> np.ndarray:
+    """The chunks that a stale index found, in the order of today's encoder; ties by id."""
+    unique = np.unique(ids_BM)
+    chunks_UD = embed_corpus(encoder, [by_id[i].passage for i in unique.tolist()])
+    scores_BU = queries_BD @ chunks_UD.T
+    scores_BM = np.take_along_axis(scores_BU, np.searchsorted(unique, ids_BM), axis=1)
+    order_BM = np.lexsort((ids_BM, -scores_BM), axis=1)
+    return np.take_along_axis(ids_BM, order_BM, axis=1)
+
+
+def _source(question: Question) -> str | None:
+    """The document that a question was made from, if its metadata says so."""
+    source = question.metadata.get("source")
+    return None if source is None else str(source)

@@ -7,8 +7,11 @@ import pytest
 import torch
 
 from rag2.index.flat import Flat
+from rag2.index.generation import Generation
 from rag2.registry import UserError
-from rag2.reindex import LiveIndex, NoRefresh, Reindexer, SyncRefresh
+from rag2.reindex.live import LiveIndex
+from rag2.reindex.policy import NoRefresh, SyncRefresh
+from rag2.reindex.store import Store
 from rag2.retrieval import Gold, Random, gold_chunks, recall
 from rag2.retriever.encoder import DualEncoder
 from rag2.types import Chunk, Question
@@ -25,76 +28,69 @@ def encoder(home: Path) -> DualEncoder:
     return DualEncoder.load(home / "retriever")
 
 
-def reindexer(directory: Path, chunks: list[Chunk], encoder: DualEncoder) -> Reindexer:
-    return Reindexer(directory, chunks, encoder, Flat(), kb_version=1, kb_hash="h")
+def store(out: Path, chunks: list[Chunk], encoder: DualEncoder) -> Store:
+    return Store(out, chunks, encoder, Flat(), kb_version=1, kb_hash="h")
+
+
+def found(generation: Generation, queries_BD: np.ndarray, k: int = 9) -> list[np.ndarray]:
+    return list(generation.index.search(queries_BD, k))
 
 
 def test_a_reindex_with_unchanged_weights_changes_nothing(
     tmp_path: Path, chunks: list[Chunk], encoder: DualEncoder
 ):
-    builder = reindexer(tmp_path, chunks, encoder.train())
-    first, second = builder.build(0), builder.build(5)
+    made = store(tmp_path, chunks, encoder.train())
+    first, second = made.build(0, 0), made.build(1, 5)
     queries_BD = torch.randn(6, encoder.dimension).numpy()
-    for a, b in zip(
-        first.index.search(queries_BD, 9), second.index.search(queries_BD, 9), strict=True
-    ):
+    for a, b, c in zip(*(found(g, queries_BD) for g in (first, second, made.load(1))), strict=True):
         np.testing.assert_array_equal(a, b)
+        np.testing.assert_array_equal(b, c)
     assert first.encoder_fingerprint == second.encoder_fingerprint == encoder.fingerprint()
     assert (first.step, second.step) == (0, 5)
-    stored = builder.load(1)
-    for a, b in zip(
-        first.index.search(queries_BD, 9), stored.index.search(queries_BD, 9), strict=True
-    ):
-        np.testing.assert_array_equal(a, b)
     with torch.no_grad():
         next(encoder.towers.parameters()).add_(0.5)
-    third = builder.build(6)
+    third = made.build(2, 6)
     assert third.encoder_fingerprint != first.encoder_fingerprint
-    assert not np.array_equal(
-        third.index.search(queries_BD, 9)[0], first.index.search(queries_BD, 9)[0]
-    )
+    assert not np.array_equal(found(third, queries_BD)[0], found(first, queries_BD)[0])
 
 
 def test_generations_are_numbered_pointed_at_and_pruned(
     tmp_path: Path, chunks: list[Chunk], encoder: DualEncoder
 ):
-    builder = reindexer(tmp_path, chunks[:5], encoder)
-    for step in range(4):
-        builder.build(step)
+    made = store(tmp_path, chunks[:5], encoder)
+    folder = tmp_path / "generations"
+    for number in range(4):
+        made.build(number, 10 * number)
     names = [f"{number:06d}" for number in range(4)]
-    assert sorted(p.name for p in tmp_path.iterdir()) == [*names, "current"]
-    assert (tmp_path / "current").read_text().strip() == "000003"
-    builder.prune([2, 3])
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["000002", "000003", "current"]
-    assert builder.load(2).step == 2  # a run goes on from its checkpoint's generation
-    builder.build(9)
-    assert builder.number == 3 and builder.load(3).step == 9
+    assert sorted(p.name for p in folder.iterdir()) == [*names, "current"]
+    assert (folder / "current").read_text().strip() == "000003"
+    made.prune([2, 3])
+    assert sorted(p.name for p in folder.iterdir()) == ["000002", "000003", "current"]
+    assert made.load(2).step == 20  # a run goes on from its checkpoint's generation
+    made.build(3, 9)
+    assert made.load(3).step == 9
 
 
 def test_the_live_index_swaps_in_poll_and_ages_in_between(
     chunks: list[Chunk], encoder: DualEncoder, tmp_path: Path
 ):
-    builder = reindexer(tmp_path, chunks, encoder)
-    first = builder.build(0)
-    live = LiveIndex(first, builder.build, SyncRefresh(every=3))
+    live = LiveIndex(store(tmp_path, chunks, encoder), SyncRefresh(every=3))
     queries_BD = torch.randn(2, encoder.dimension).numpy()
-    expected = first.index.search(queries_BD, 4)[1]
+    expected = live.search(queries_BD, 4)
     swapped_at, ages = [], []
     for step in range(7):
-        np.testing.assert_array_equal(
-            live.search(queries_BD, 4), live.generation.index.search(queries_BD, 4)[1]
-        )
+        np.testing.assert_array_equal(live.search(queries_BD, 4), expected)  # weights do not move
         ages.append(live.age(step)[0])
         before = live.generation
         live.refresh(step)
         assert live.generation is before
-        if live.poll():
+        if live.poll(step):
             assert live.generation is not before
-            swapped_at.append((step, live.generation.step))
-        assert not live.poll()
-    assert swapped_at == [(2, 3), (5, 6)]
+            swapped_at.append((step, live.number, live.generation.step))
+            assert live.stalled() > 0
+        assert not live.poll(step)
+    assert swapped_at == [(2, 1, 3), (5, 2, 6)]
     assert ages == [0, 1, 2, 0, 1, 2, 0]
-    np.testing.assert_array_equal(live.search(queries_BD, 4), expected)  # weights did not move
     assert live.search(queries_BD, 0).shape == (2, 0)
     assert live.age(6)[1] >= 0
     assert not any(NoRefresh().due(step) for step in range(1000))

@@ -75,14 +75,14 @@ def test_a_resume_that_forgets_something_does_not_pass_for_the_same_run(
 def test_a_joint_run_that_resumes_with_another_index_does_not_pass_for_the_same_run(
     recipe: Load, home: Path, whole: dict[str, Path], tmp_path: Path
 ):
-    from rag2.reindex import Reindexer
+    from rag2.reindex.store import Store
 
     out = tmp_path / "joint"
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
         killed_at(patch, step=7)
         start(recipe, "joint", home, out)
     with pytest.MonkeyPatch.context() as patch:  # today's weights instead of the stored index
-        patch.setattr(Reindexer, "load", lambda self, number: self.build(4))
+        patch.setattr(Store, "load", lambda self, number: self.build(number, 4))
         start(recipe, "joint", home, out, resume=True)
     assert log(out) != log(whole["joint"])
 

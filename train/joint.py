@@ -23,7 +23,10 @@ from rag2.index.flat import Flat
 from rag2.kb.store import KnowledgeBase
 from rag2.losses.marginal import Marginal
 from rag2.rag import Rag
-from rag2.reindex import LiveIndex, Reindexer, SyncRefresh
+from rag2.registry import UserError
+from rag2.reindex.live import LiveIndex
+from rag2.reindex.policy import EagerRefresh, SyncRefresh
+from rag2.reindex.store import Store
 from rag2.retriever.embed import embed_corpus
 from rag2.retriever.encoder import DualEncoder, EncoderConfig
 from rag2.training import batches, checkpoint, distributed, optim
@@ -84,6 +87,8 @@ def main(cfg: JointConfig) -> dict[str, float]:
     cfg = pipeline.resolve(cfg)
     assert cfg.kb and cfg.questions
     device = distributed.start(cfg.device)
+    if isinstance(cfg.refresh, EagerRefresh) and distributed.world() > 1:
+        raise UserError("refresh.name=eager: the clocks of several processes differ; use async")
     checkpoint.seed_everything(cfg.seed)
     with KnowledgeBase(Path(cfg.kb)) as kb:
         chunks, kb_version, kb_hash = kb.chunks(), kb.version, kb.content_hash()
@@ -95,17 +100,14 @@ def main(cfg: JointConfig) -> dict[str, float]:
     weights = [p for parameters, _ in halves.values() for p in parameters]
     optimizer = optim.adamw(halves, cfg.weight_decay, cfg.betas)
     run = Run(cfg, {"retriever": rag.retriever, "generator": rag.generator}, optimizer)
-    generations = run.out / "generations"
     first_rank = distributed.rank() == 0
-    reindexer = Reindexer(
-        generations, chunks, rag.retriever, cfg.index, kb_version, kb_hash, keep=first_rank
-    )
-    number = run.extra.get("generation")
-    first = reindexer.build(0) if number is None else reindexer.load(number)
-    index = LiveIndex(first, reindexer.build, cfg.refresh)
+    store = Store(run.out, chunks, rag.retriever, cfg.index, kb_version, kb_hash, first_rank)
 
     loss, clock = float("nan"), Clock()
-    with progress("joint", cfg.steps, run.start) as advance:
+    with (
+        progress("joint", cfg.steps, run.start) as advance,
+        LiveIndex(store, cfg.refresh, run.extra, distributed.barrier) as index,
+    ):
         for step in range(run.start, cfg.steps):
             rows_B = batches.sample(len(questions), cfg.batch_size, cfg.seed, step)
             rows_B = rows_B[distributed.rank() :: distributed.world()]
@@ -140,9 +142,10 @@ def main(cfg: JointConfig) -> dict[str, float]:
                 grad_norm=norm,
                 lr_retriever=lr.get("retriever", 0.0),
                 lr_generator=lr.get("generator", 0.0),
-                generation=reindexer.number,
+                generation=index.number,
                 index_age_steps=age_steps,
                 index_age_seconds=age_seconds,
+                index_stall_seconds=index.stalled(),
                 effective_chunks=float((1 / result.posterior_BK.square().sum(-1)).mean()),
                 kept_prompts=result.kept,
                 retrieved_digest=digest([[chunk.id for chunk in row] for row in chunks_BK]),
@@ -151,10 +154,10 @@ def main(cfg: JointConfig) -> dict[str, float]:
             )
             advance(1, loss=loss)
             index.refresh(step)
-            index.poll()
+            index.poll(step)
             if (step + 1) % cfg.checkpoint_every == 0:
-                run.checkpoint(step + 1, generation=reindexer.number)
-                reindexer.prune([extra["generation"] for extra in checkpoint.retained(run.out)])
+                run.checkpoint(step + 1, **index.state())
+                index.prune(checkpoint.retained(run.out))
     finish(cfg, run, rag, weights)
     return {"loss": loss}
 

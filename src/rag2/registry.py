@@ -50,8 +50,10 @@ TABLES: dict[str, dict[str, str]] = {
         "lora": "rag2.tuning.lora:LoRA",
     },
     "refresh": {
-        "none": "rag2.reindex:NoRefresh",
-        "sync": "rag2.reindex:SyncRefresh",
+        "none": "rag2.reindex.policy:NoRefresh",
+        "sync": "rag2.reindex.policy:SyncRefresh",
+        "async": "rag2.reindex.policy:AsyncRefresh",
+        "eager": "rag2.reindex.policy:EagerRefresh",
     },
     "objective": {
         "unsupervised": "rag2.training.objectives:Unsupervised",

@@ -66,8 +66,7 @@ class Generation:
 
         Raises UserError when chunks and index differ.
         """
-        table = pa.Table.from_batches(list(_record_batches(chunks)), schema=SCHEMA)
-        return cls(index, table, encoder_fingerprint, kb_version, kb_hash, step)
+        return cls(index, table_of(chunks), encoder_fingerprint, kb_version, kb_hash, step)
 
     @classmethod
     def load(cls, directory: str | Path, encoder_fingerprint: str | None = None) -> Self:
@@ -121,6 +120,11 @@ class Generation:
         if row == len(self) or self.ids_N[row] != chunk_id:
             raise KeyError(f"chunk {chunk_id} is not in this generation")
         return Chunk(**{name: self.chunks.column(name)[row].as_py() for name in SCHEMA.names})
+
+
+def table_of(chunks: Sequence[Chunk]) -> pa.Table:
+    """The chunks as an Arrow table, in the order given."""
+    return pa.Table.from_batches(list(_record_batches(chunks)), schema=SCHEMA)
 
 
 def _record_batches(chunks: Sequence[Chunk]) -> Iterator[pa.RecordBatch]:

@@ -29,7 +29,7 @@ class Settings(Protocol):
     def resume(self) -> bool: ...
 
 
-MADE = ("checkpoints", "generations", "final")
+MADE = ("checkpoints", "generations", "snapshots", "final")
 
 
 class Run:

@@ -1,0 +1,1 @@
+"""The index that training searches, made anew while the weights move."""

@@ -1,0 +1,249 @@
+"""The index that training searches while the weights move: search, refresh, poll."""
+
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from rag2 import artifact
+from rag2.index.generation import Generation
+from rag2.registry import UserError
+from rag2.reindex.policy import AsyncRefresh, Background, EagerRefresh
+from rag2.reindex.process import Worker, WorkerFailed
+from rag2.reindex.store import Store
+
+logger = logging.getLogger(__name__)
+
+
+class Policy(Protocol):
+    """When to re-encode the corpus."""
+
+    def due(self, step: int) -> bool:
+        """Whether a refresh starts after `step`."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """A generation in the making: of the weights of `step`, which have this fingerprint."""
+
+    number: int
+    step: int
+    fingerprint: str
+
+
+class LiveIndex:
+    """One published generation to search, at most one pending; the swap happens in `poll`."""
+
+    def __init__(
+        self,
+        store: Store,
+        policy: Policy,
+        state: Mapping[str, Any] | None = None,
+        barrier: Callable[[], None] = lambda: None,
+    ) -> None:
+        """At the first generation, or where `state` of a checkpoint says.
+
+        A refresh that was under way there is taken up again, from its snapshot. `barrier` waits for
+        the other processes of a training group; only that whose store keeps starts workers.
+        """
+        self._store, self._policy, self._barrier = store, policy, barrier
+        self._pending: Pending | None = None
+        self._made: Generation | None = None
+        self._worker: Worker | None = None
+        self._failures = 0
+        self._journal = _Journal(store.generations.parent / "swaps.jsonl", store.keep, bool(state))
+        self.number = state["generation"] if state else 0
+        self.generation = store.load(self.number) if state else store.build(0, 0)
+        if state and state.get("pending"):
+            self._pending = Pending(**state["pending"])
+        if state:
+            store.prune(*self._needed())
+        if self._pending and not store.complete(self._pending.number):
+            self._launch()
+        self._published = time.monotonic()
+        self._stalled = 0.0
+
+    def __enter__(self) -> "LiveIndex":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._worker is not None:
+            self._worker.kill()
+
+    def search(self, queries_BD: np.ndarray, k: int) -> np.ndarray:
+        """Chunk ids_BK, best first, by the weights of `generation.step`; none for k = 0."""
+        if k == 0:
+            return np.zeros((len(queries_BD), 0), dtype=np.int64)
+        return self.generation.index.search(queries_BD, k)[1]
+
+    def refresh(self, step: int) -> None:
+        """Begin the next generation if the policy says that one is due after `step`.
+
+        Sync: it is there on return. In the background: the encoder's snapshot is durable on return.
+        """
+        began = time.monotonic()
+        if self._pending is None and self._policy.due(step):
+            number = self.number + 1
+            if isinstance(self._policy, Background):
+                fingerprint = self._store.snapshot(number, step + 1)
+                self._pending = Pending(number, step + 1, fingerprint)
+                self._launch()
+            else:
+                self._made = self._store.build(number, step + 1)
+                fingerprint = self._made.encoder_fingerprint
+                self._pending = Pending(number, step + 1, fingerprint)
+        self._stalled += time.monotonic() - began
+
+    def poll(self, step: int) -> bool:
+        """Swap in the pending generation if this is its step; True when the index changed.
+
+        Raises UserError when the worker failed more often than the policy allows.
+        """
+        if self._pending is None:
+            return False
+        began = time.monotonic()
+        if swap := self._time_to_swap(step):
+            self.generation = self._made or self._collect()
+            self.number = self._pending.number
+            self._store.publish(self.number)
+            self._pending = self._made = self._worker = None
+            self._failures = 0
+            self._published = time.monotonic()
+        self._stalled += time.monotonic() - began
+        return swap
+
+    def age(self, step: int) -> tuple[int, float]:
+        """Optimizer steps since the generation's weights were taken, and seconds since its swap."""
+        return step - self.generation.step, time.monotonic() - self._published
+
+    def stalled(self) -> float:
+        """Seconds that training has waited for the index since this was last asked."""
+        seconds, self._stalled = self._stalled, 0.0
+        return seconds
+
+    @property
+    def worker(self) -> Worker | None:
+        """The process that makes the pending generation; None without one in this process."""
+        return self._worker
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint must hold for `LiveIndex` to go on from here."""
+        pending = asdict(self._pending) if self._pending else None
+        return {"generation": self.number, "pending": pending}
+
+    def prune(self, states: list[dict[str, Any]]) -> None:
+        """Remove the generations and snapshots that neither these states nor this one need."""
+        needed = [self._needed(), *map(needed_by, states)]
+        self._store.prune(*(set().union(*parts) for parts in zip(*needed, strict=True)))
+
+    def _needed(self) -> tuple[set[int], set[int]]:
+        return needed_by(self.state())
+
+    def _time_to_swap(self, step: int) -> bool:
+        assert self._pending is not None
+        if isinstance(self._policy, AsyncRefresh):
+            if step + 1 < self._pending.step + self._policy.lag:
+                self._look_after()
+                return False
+            return True
+        if isinstance(self._policy, EagerRefresh):
+            told = self._journal.steps.get(self._pending.number)
+            ready = self._look_after() if told is None else step >= told
+            if ready and told is None:
+                self._journal.add(self._pending.number, step)
+            return ready
+        return True
+
+    def _look_after(self) -> bool:
+        """Whether the worker is done; one that failed is started again at once."""
+        if self._worker is None:  # not in this process, or finished before it was resumed
+            return self._store.complete(self._pending.number) if self._pending else False
+        try:
+            return self._worker.finished()
+        except WorkerFailed as failure:
+            self._try_again(failure)
+            return False
+
+    def _collect(self) -> Generation:
+        """Wait for the worker and load what it committed: whole, of all chunks, of this encoder."""
+        made = None
+        while self._store.keep and made is None:
+            try:
+                if self._worker is not None:
+                    self._worker.wait()
+                made = self._checked()
+            except (WorkerFailed, UserError) as failure:
+                self._try_again(failure)
+        self._barrier()
+        return made or self._checked()
+
+    def _checked(self) -> Generation:
+        assert self._pending is not None
+        made = self._store.load(self._pending.number, self._pending.fingerprint)
+        if len(made) != len(self._store.chunks):
+            raise UserError(f"it has {len(made)} of {len(self._store.chunks)} chunks")
+        return made
+
+    def _launch(self) -> None:
+        assert self._pending is not None and isinstance(self._policy, Background)
+        if self._store.keep:
+            pending = self._pending
+            self._worker = self._store.launch(
+                pending.number, self.number, pending.step, self._policy
+            )
+
+    def _try_again(self, failure: Exception) -> None:
+        assert self._pending is not None and isinstance(self._policy, Background)
+        self._failures += 1
+        what = f"re-index worker of generation {self._pending.number}: {failure}"
+        if self._failures > self._policy.retries:
+            raise UserError(
+                f"{what}; it was started {self._failures} times. What was trained since the last "
+                "checkpoint is lost: mend the cause and go on with resume=true"
+            )
+        logger.warning("%s; it is started again", what)
+        self._launch()
+
+
+def needed_by(state: Mapping[str, Any]) -> tuple[set[int], set[int]]:
+    """The generations and the snapshots that a state names."""
+    pending = state.get("pending")
+    number = {pending["number"]} if pending else set[int]()
+    return {state["generation"]} | number, number
+
+
+class _Journal:
+    """At which step each generation was swapped in, where the clock decided."""
+
+    def __init__(self, path: Path, keep: bool, resumed: bool) -> None:
+        self.path, self.keep, self.steps = path, keep, dict[int, int]()
+        if not resumed:
+            if keep:
+                path.unlink(missing_ok=True)
+        elif path.exists():
+            for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+                if line.endswith("\n"):  # a kill may have left half a line
+                    row = json.loads(line)
+                    self.steps[row["generation"]] = row["step"]
+            if keep:
+                artifact.replace(path, "".join(map(_line, self.steps.items())))
+
+    def add(self, generation: int, step: int) -> None:
+        """Durable on return: the swap that follows will be found where it was."""
+        self.steps[generation] = step
+        if self.keep:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(_line((generation, step)))
+                file.flush()
+                os.fsync(file.fileno())
+
+
+def _line(swap: tuple[int, int]) -> str:
+    return json.dumps({"generation": swap[0], "step": swap[1]}) + "\n"

@@ -1,0 +1,81 @@
+"""When the corpus is re-encoded, by whom, and when training sees the result."""
+
+from typing import Literal
+
+from pydantic import Field, PositiveInt, model_validator
+
+from rag2.config import Config
+
+
+class NoRefresh(Config):
+    """Keep the first index: its candidates are those of the encoder that training began with."""
+
+    name: Literal["none"] = "none"
+
+    def due(self, step: int) -> bool:
+        """Never."""
+        return False
+
+
+class SyncRefresh(Config):
+    """Stop and re-encode the corpus every `every` steps (as Atlas does, Izacard et al. 2022)."""
+
+    name: Literal["sync"] = "sync"
+    every: int = Field(default=100, ge=1)
+
+    def due(self, step: int) -> bool:
+        """True after every `every`-th step."""
+        return (step + 1) % self.every == 0
+
+
+class Background(Config):
+    """A worker process re-encodes a snapshot of the encoder while training goes on."""
+
+    every: int = Field(default=100, ge=1)
+    """training steps between two launches"""
+    device: str = "cpu"
+    """of the worker: cpu, cuda:N"""
+    threads: PositiveInt = 1
+    """of the worker"""
+    cpus: list[int] | None = None
+    """the cores that the worker may use; null: those of training"""
+    nice: int = Field(default=5, ge=0, le=19)
+    """how far the worker stands back where cores are shared"""
+    duty: float = Field(default=1.0, gt=0, le=1)
+    """share of the time that the worker computes: below 1 it leaves a shared device free between"""
+    patience: float = Field(default=300.0, gt=0)
+    """seconds without a sign of life after which the worker counts as dead"""
+    retries: int = Field(default=2, ge=0)
+    """how often a failed worker is started again before training stops"""
+
+    def due(self, step: int) -> bool:
+        """True after every `every`-th step."""
+        return (step + 1) % self.every == 0
+
+
+class AsyncRefresh(Background):
+    """Re-encode in the background (Guu et al. 2020) and swap exactly `lag` steps after the launch.
+
+    Training waits there for a worker that is late, so that which index a step searches depends on
+    the settings alone, never on the clock: a run that was killed goes on exactly.
+    """
+
+    name: Literal["async"] = "async"
+    lag: int = Field(default=50, ge=1)
+    """training steps from the snapshot to the swap; the worker has them to finish in"""
+
+    @model_validator(mode="after")
+    def _one_at_a_time(self) -> "AsyncRefresh":
+        if self.lag >= self.every:
+            raise ValueError(f"lag={self.lag} must be below every={self.every}: one at a time")
+        return self
+
+
+class EagerRefresh(Background):
+    """Re-encode in the background and swap as soon as the worker is done.
+
+    The clock decides at which step that is; swaps.jsonl of the run tells it, and a run that goes on
+    from a checkpoint swaps at the steps it tells, as far as it goes.
+    """
+
+    name: Literal["eager"] = "eager"

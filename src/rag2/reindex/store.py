@@ -1,0 +1,111 @@
+"""The generations of a run on disk, and the snapshots of the encoder that they are made from.
+
+generations/000003/   an index with its chunks, committed; generations/current names the latest
+snapshots/000003/     the encoder that generation 3 is made from, while it is being made
+"""
+
+import json
+import shutil
+import sys
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+from rag2 import artifact
+from rag2.index.generation import Generation, table_of
+from rag2.reindex import build, worker
+from rag2.reindex.policy import Background
+from rag2.reindex.process import Worker
+from rag2.retriever.encoder import DualEncoder
+from rag2.types import Chunk
+
+
+class Store:
+    """Numbers, makes, loads and prunes; of several processes that train together one keeps."""
+
+    def __init__(
+        self,
+        out: Path,
+        chunks: Sequence[Chunk],
+        encoder: DualEncoder,
+        backend: build.Backend,
+        kb_version: int,
+        kb_hash: str,
+        keep: bool = True,
+    ) -> None:
+        """`keep=False` writes nothing and starts no worker."""
+        self.generations, self.snapshots = out / "generations", out / "snapshots"
+        self.chunks, self.encoder, self.backend = table_of(chunks), encoder, backend
+        self.kb_version, self.kb_hash, self.keep = kb_version, kb_hash, keep
+
+    def build(self, number: int, step: int) -> Generation:
+        """Encode every chunk here and now, with the weights of `step`; commit, if it is kept."""
+        made = build.generation(
+            self.encoder, self.chunks, self.backend, step, self.kb_version, self.kb_hash
+        )
+        if self.keep:
+            self.drop(number)  # a run that continues from a checkpoint builds again
+            made.save(self._path(number), pointer=self.generations / "current")
+        return made
+
+    def snapshot(self, number: int, step: int) -> str:
+        """Commit the encoder as it is now; returns its fingerprint."""
+        fingerprint = self.encoder.fingerprint()
+        if self.keep:
+            directory = self.snapshots / f"{number:06d}"
+            artifact.sweep(self.snapshots)
+            shutil.rmtree(directory, ignore_errors=True)
+            meta = {"step": step, "encoder_fingerprint": fingerprint}
+            with artifact.committing(directory, kind=worker.KIND, meta=meta) as staging:
+                self.encoder.save(staging / "encoder")
+        return fingerprint
+
+    def launch(self, number: int, current: int, step: int, settings: Background) -> Worker:
+        """Start the worker that makes generation `number` of its snapshot and the same chunks."""
+        spec = worker.Spec(
+            snapshot=str(self.snapshots / f"{number:06d}"),
+            chunks=str(self._path(current)),
+            directory=str(self._path(number)),
+            index=self.backend.model_dump(mode="json"),
+            step=step,
+            kb_version=self.kb_version,
+            kb_hash=self.kb_hash,
+            **settings.model_dump(include={"device", "threads", "cpus", "nice", "duty"}),
+        )
+        self.drop(number)
+        path = self.snapshots / f"{number:06d}.json"
+        path.write_text(json.dumps(spec.model_dump(mode="json"), indent=2), encoding="utf-8")
+        # -P: what lies in the folder where training was started must not shadow a module.
+        command = [sys.executable, "-P", "-m", "rag2.reindex", str(path)]
+        log = path.with_suffix(".log")
+        return Worker(command, log, settings.threads, settings.patience)
+
+    def load(self, number: int, fingerprint: str | None = None) -> Generation:
+        """A committed generation, its bytes verified; raises UserError as Generation.load does."""
+        return Generation.load(self._path(number), fingerprint)
+
+    def complete(self, number: int) -> bool:
+        """Whether the generation was committed."""
+        return artifact.is_complete(self._path(number))
+
+    def publish(self, number: int) -> None:
+        """Let `current` name a generation that a worker committed; its snapshot has served."""
+        if self.keep:
+            artifact.replace(self.generations / "current", f"{number:06d}\n")
+
+    def drop(self, number: int) -> None:
+        """Remove a generation, whole or in pieces, and what a killed build left behind."""
+        artifact.sweep(self.generations)
+        shutil.rmtree(self._path(number), ignore_errors=True)
+
+    def prune(self, generations: Collection[int], snapshots: Collection[int] = ()) -> None:
+        """Remove all generations and snapshots but these."""
+        if not self.keep:
+            return
+        for folder, kept in ((self.generations, generations), (self.snapshots, snapshots)):
+            artifact.sweep(folder)
+            for path in folder.glob("[0-9]" * 6 + "*"):
+                if int(path.name[:6]) not in kept:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def _path(self, number: int) -> Path:
+        return self.generations / f"{number:06d}"

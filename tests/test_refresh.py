@@ -1,0 +1,380 @@
+"""The index made in the background: what a worker does, and what becomes of one that fails."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import pytest
+
+from rag2 import artifact
+from rag2.index.flat import Flat
+from rag2.index.generation import Generation, table_of
+from rag2.registry import UserError
+from rag2.reindex import build
+from rag2.reindex import worker as worker_module
+from rag2.reindex.live import LiveIndex
+from rag2.reindex.policy import AsyncRefresh, EagerRefresh
+from rag2.reindex.process import Worker, WorkerFailed
+from rag2.reindex.store import Store
+from rag2.reindex.worker import Spec
+from rag2.retriever.encoder import DualEncoder
+from rag2.types import Chunk
+from small_runs import Killed, Load, killed_at, log, start, weights
+from small_world import roughen
+
+pytestmark = pytest.mark.usefixtures("seed")
+
+
+@pytest.fixture
+def encoder(home: Path) -> DualEncoder:
+    return DualEncoder.load(home / "retriever")
+
+
+@pytest.fixture
+def store(tmp_path: Path, chunks: list[Chunk], encoder: DualEncoder) -> Store:
+    return Store(tmp_path, chunks, encoder, Flat(device="cpu"), kb_version=1, kb_hash="h")
+
+
+def moved(encoder: DualEncoder) -> None:
+    """What training does to the encoder."""
+    roughen(encoder.towers, 0.05)
+
+
+def rebuilt(snapshot: Path, chunks: list[Chunk], step: int) -> Generation:
+    """A generation from scratch, of an encoder as it was saved."""
+    encoder = DualEncoder.load(snapshot / "encoder")
+    return build.generation(encoder, table_of(chunks), Flat(device="cpu"), step, 1, "h")
+
+
+def same(a: Generation, b: Generation) -> bool:
+    """Equal to the bit: vectors, ids, texts and what is told of them."""
+    rows = np.arange(len(a))
+    vectors = np.array_equal(a.index.vectors(rows), b.index.vectors(rows))
+    told = (a.encoder_fingerprint, a.step, a.kb_hash) == (b.encoder_fingerprint, b.step, b.kb_hash)
+    return vectors and told and a.chunks.equals(b.chunks)
+
+
+# --- the worker as a process ----------------------------------------------------------------------
+
+
+def worker(tmp_path: Path, script: str, patience: float = 60.0) -> Worker:
+    told = (
+        "import json, os, sys, time\n"
+        "say = lambda n: print(json.dumps({'done': n, 'total': 9}), flush=True)\n"
+    )
+    return Worker([sys.executable, "-c", told + script], tmp_path / "w.log", 1, patience)
+
+
+@pytest.mark.parametrize(
+    ("script", "message"),
+    [
+        ("say(4); sys.exit(7)", r"ended with status 7 after 4 of 9 chunks: no message"),
+        ("raise OSError('No space left')", r"status 1 after nothing: OSError: No space left"),
+        ("say(1); os.kill(os.getpid(), 9)", r"killed by signal 9 after 1 of 9 chunks"),
+    ],
+)
+def test_a_worker_that_ends_badly_says_how_and_how_far_it_was(
+    tmp_path: Path, script: str, message: str
+):
+    with pytest.raises(WorkerFailed, match=message):
+        worker(tmp_path, script).wait()
+
+
+def test_a_worker_that_falls_silent_is_killed_and_one_that_is_only_slow_is_not(tmp_path: Path):
+    slow = "for n in range(9):\n    say(n)\n    time.sleep(0.15)"
+    worker(tmp_path, slow, patience=1.0).wait()
+    silent = worker(tmp_path, "say(3); time.sleep(60)", patience=1.0)
+    with pytest.raises(WorkerFailed, match=r"no sign of life for \d+ s after 3 of 9 chunks"):
+        silent.wait()
+    stopped = worker(tmp_path, "say(2); os.kill(os.getpid(), 19)", patience=1.0)
+    with pytest.raises(WorkerFailed, match="no sign of life"):
+        stopped.wait()
+    for process in (silent, stopped):
+        with pytest.raises(ProcessLookupError):
+            os.kill(process.pid, 0)
+
+
+def test_a_worker_does_not_believe_that_it_belongs_to_the_training_group(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.setenv(name, "1")
+    script = (
+        "names = ('RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'TORCHELASTIC_RUN_ID')\n"
+        "sys.exit(any(n in os.environ for n in names) or os.environ['OMP_NUM_THREADS'] != '1')"
+    )
+    worker(tmp_path, script).wait()
+
+
+# --- what a real worker makes ---------------------------------------------------------------------
+
+
+def test_a_worker_makes_what_training_would_have_made_and_is_started_again_when_it_is_killed(
+    store: Store, chunks: list[Chunk], encoder: DualEncoder, tmp_path: Path, capfd
+):
+    with LiveIndex(store, AsyncRefresh(every=4, lag=3, cpus=[0])) as live:
+        first, expected = live.generation, None
+        swapped_at = []
+        for step in range(9):
+            moved(encoder)
+            live.refresh(step)
+            if step == 3:
+                snapshot = tmp_path / "snapshots" / "000001"
+                assert live.state()["pending"] == {
+                    "number": 1, "step": 4, "fingerprint": encoder.fingerprint(),
+                }  # fmt: skip
+                expected = rebuilt(snapshot, chunks, 4)
+                assert live.worker is not None
+                os.kill(live.worker.pid, signal.SIGKILL)
+            before = live.generation
+            if live.poll(step):
+                swapped_at.append(step)
+                assert expected and same(live.generation, expected)
+            else:
+                assert live.generation is before
+            if step == 7:
+                break
+        assert swapped_at == [6] and live.age(7)[0] == 3
+        assert first.step == 0 and live.state()["pending"]["number"] == 2
+        assert live.worker is not None
+        pid = live.worker.pid
+        os.kill(pid, 0)
+    with pytest.raises(ProcessLookupError):  # nothing is left running
+        os.kill(pid, 0)
+
+
+def test_no_worker_outlives_its_trainer(tmp_path: Path):
+    script = (
+        "import sys\nfrom pathlib import Path\nfrom rag2.reindex.process import Worker\n"
+        "code = 'from rag2.reindex import worker; import threading, time;"
+        " threading.Thread(target=worker._end_with_stdin, daemon=True).start(); time.sleep(60)'\n"
+        "w = Worker([sys.executable, '-c', code], Path(sys.argv[1]), 1, 60.0)\n"
+        "print(w.pid, flush=True)\nimport time; time.sleep(60)"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path / "w.log")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as trainer:
+        assert trainer.stdout is not None
+        pid = int(trainer.stdout.readline())
+        os.kill(pid, 0)
+        trainer.kill()
+    deadline = time.monotonic() + 30
+    while Path(f"/proc/{pid}").exists() and "zombie" not in status(pid):
+        assert time.monotonic() < deadline, "the worker goes on without its trainer"
+        time.sleep(0.05)
+
+
+def status(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return "zombie"
+
+
+# --- what training sees of it ---------------------------------------------------------------------
+
+
+class Inline:
+    """In place of the process: the same work here and now, told as done after `slow` looks."""
+
+    slow = 0
+    spoil: Callable[[Path, int], None] = staticmethod(lambda directory, number: None)
+    launched: ClassVar[list[Path]] = []
+
+    def __init__(self, command: Sequence[str], log: Path, threads: int, patience: float) -> None:
+        spec = Spec.model_validate_json(Path(command[-1]).read_text())
+        self.pid, self.looks = os.getpid(), self.slow
+        worker_module.work(spec, lambda done, total: None)
+        self.launched.append(Path(spec.directory))
+        self.spoil(Path(spec.directory), len(self.launched))
+
+    def finished(self) -> bool:
+        self.looks -= 1
+        return self.looks < 0
+
+    def wait(self) -> None: ...
+    def kill(self) -> None: ...
+
+
+@pytest.fixture
+def inline(monkeypatch: pytest.MonkeyPatch) -> type[Inline]:
+    """Workers without processes; a class of its own for each test."""
+    fresh = type("Fresh", (Inline,), {"launched": []})
+    monkeypatch.setattr("rag2.reindex.store.Worker", fresh)
+    return fresh
+
+
+def swaps(live: LiveIndex, encoder: DualEncoder, steps: range) -> list[tuple[int, int]]:
+    """(step, generation) of each swap while the weights move."""
+    found = []
+    for step in steps:
+        moved(encoder)
+        live.refresh(step)
+        if live.poll(step):
+            found.append((step, live.number))
+    return found
+
+
+@pytest.mark.parametrize("slow", [0, 2, 100])
+def test_an_async_swap_is_a_matter_of_steps_and_never_of_the_clock(
+    store: Store, encoder: DualEncoder, inline: type[Inline], slow: int
+):
+    inline.slow = slow
+    live = LiveIndex(store, AsyncRefresh(every=5, lag=4))
+    assert swaps(live, encoder, range(20)) == [(8, 1), (13, 2), (18, 3)]
+    assert live.generation.step == 15 and live.state() == {
+        "generation": 3,
+        "pending": {"number": 4, "step": 20, "fingerprint": encoder.fingerprint()},
+    }
+
+
+def flip(directory: Path, number: int) -> None:
+    """One bit of the first try's vectors."""
+    if number == 1:
+        path = directory / "index.faiss"
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+
+
+def lose(directory: Path, number: int) -> None:
+    if number == 1:
+        (directory / artifact.MANIFEST).unlink()
+
+
+def exchange(directory: Path, number: int) -> None:
+    """A whole and valid generation, but of the encoder of another snapshot."""
+    if number == 1:
+        shutil.rmtree(directory)
+        shutil.copytree(directory.with_name("000000"), directory)
+
+
+@pytest.mark.parametrize("spoil", [flip, lose, exchange])
+def test_a_damaged_or_a_wrong_generation_is_made_again_and_never_swapped_in(
+    store: Store,
+    chunks: list[Chunk],
+    encoder: DualEncoder,
+    tmp_path: Path,
+    inline: type[Inline],
+    spoil: Callable[[Path, int], None],
+    caplog: pytest.LogCaptureFixture,
+):
+    inline.spoil = staticmethod(spoil)
+    moved(encoder)
+    live = LiveIndex(store, AsyncRefresh(every=3, lag=2))
+    moved(encoder)
+    live.refresh(2)
+    expected = rebuilt(tmp_path / "snapshots" / "000001", chunks, 3)
+    assert not live.poll(3) and live.number == 0
+    assert live.poll(4) and same(live.generation, expected)
+    assert len(inline.launched) == 2 and "it is started again" in caplog.text
+    assert (tmp_path / "generations" / "current").read_text() == "000001\n"
+
+
+def test_a_worker_that_fails_too_often_stops_training_in_one_line_and_keeps_the_index(
+    store: Store, encoder: DualEncoder, inline: type[Inline]
+):
+    inline.spoil = staticmethod(lambda directory, number: flip(directory, 1))
+    live = LiveIndex(store, AsyncRefresh(every=2, lag=1, retries=2))
+    before = live.generation
+    live.refresh(1)
+    with pytest.raises(UserError, match=r"generation 1: .*bytes of file.*it was started 3 times"):
+        live.poll(2)
+    assert live.generation is before and len(inline.launched) == 3
+
+
+def test_a_refresh_under_way_is_taken_up_from_its_snapshot(
+    store: Store, chunks: list[Chunk], encoder: DualEncoder, tmp_path: Path, inline: type[Inline]
+):
+    policy = AsyncRefresh(every=4, lag=3)
+    live = LiveIndex(store, policy)
+    swaps(live, encoder, range(5))
+    state = json.loads(json.dumps(live.state()))
+    assert state["generation"] == 0 and state["pending"]["step"] == 4
+    rest = swaps(live, encoder, range(5, 9))  # what the killed run did after its checkpoint
+    assert rest == [(6, 1)] and live.state()["pending"]["number"] == 2
+    expected = rebuilt(tmp_path / "snapshots" / "000001", chunks, 4)
+    for complete in (True, False):
+        if not complete:
+            lose(tmp_path / "generations" / "000001", 1)
+        inline.launched.clear()
+        again = LiveIndex(store, policy, state)
+        assert len(inline.launched) == (0 if complete else 1)
+        kept = sorted(path.name for path in (tmp_path / "generations").glob("0*"))
+        assert kept == ["000000", "000001"]  # nothing of what came after the checkpoint
+        assert swaps(again, encoder, range(5, 7)) == [(6, 1)]
+        assert same(again.generation, expected)
+
+
+def test_what_a_checkpoint_names_is_kept_and_the_rest_is_not(
+    store: Store, encoder: DualEncoder, tmp_path: Path, inline: type[Inline]
+):
+    live = LiveIndex(store, AsyncRefresh(every=4, lag=3))
+    swaps(live, encoder, range(4))
+    early = live.state()  # generation 0, and 1 in the making
+    swaps(live, encoder, range(4, 12))
+    assert live.state()["generation"] == 2 and live.state()["pending"]["number"] == 3
+    live.prune([early])
+
+    def there(folder: str) -> set[str]:
+        return {path.name[:6] for path in (tmp_path / folder).glob("0*")}
+
+    assert there("generations") == {"000000", "000001", "000002", "000003"}
+    assert there("snapshots") == {"000001", "000003"}
+    live.prune([live.state()])
+    assert there("generations") == {"000002", "000003"} and there("snapshots") == {"000003"}
+
+
+def test_eager_swaps_when_the_worker_is_done_and_a_replay_swaps_where_it_did(
+    store: Store, encoder: DualEncoder, tmp_path: Path, inline: type[Inline]
+):
+    inline.slow = 3
+    policy = EagerRefresh(every=6)
+    live = LiveIndex(store, policy)
+    swaps(live, encoder, range(6))
+    state = live.state()
+    assert state["pending"]["number"] == 1
+    first = swaps(live, encoder, range(6, 17))
+    assert first == [(8, 1), (14, 2)]
+    journal = tmp_path / "swaps.jsonl"
+    with journal.open("a") as file:
+        file.write('{"generat')  # a kill in the middle of a line
+    inline.slow = 0  # another day, another machine
+    again = LiveIndex(store, policy, state)
+    assert swaps(again, encoder, range(6, 17)) == first
+    told = [json.loads(line) for line in journal.read_text().splitlines()]
+    assert told[:2] == [{"generation": 1, "step": 8}, {"generation": 2, "step": 14}]
+    assert swaps(again, encoder, range(17, 24)) == [(17, 3), (23, 4)]  # from here the clock decides
+
+
+def test_one_refresh_is_under_way_at_a_time():
+    with pytest.raises(ValueError, match=r"lag=5 must be below every=5"):
+        AsyncRefresh(every=5, lag=5)
+
+
+# --- whole runs -----------------------------------------------------------------------------------
+
+
+def test_a_run_that_was_killed_with_a_refresh_under_way_goes_on_to_the_same_weights(
+    recipe: Load, home: Path, tmp_path: Path
+):
+    refresh = {"name": "async", "every": 4, "lag": 3}
+    start(recipe, "joint", home, tmp_path / "whole", refresh=refresh)
+    out = tmp_path / "cut"
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        killed_at(patch, step=5)
+        start(recipe, "joint", home, out, refresh=refresh)
+    state = json.loads((out / "checkpoints" / "step-000004" / "state.json").read_text())["extra"]
+    assert state["pending"]["number"] == 1
+    start(recipe, "joint", home, out, refresh=refresh, resume=True)
+    assert weights(out) == weights(tmp_path / "whole")
+    assert log(out) == log(tmp_path / "whole")
+    assert [row["generation"] for row in log(out)] == [0] * 7 + [1] * 2
+    assert [row["index_age_steps"] for row in log(out)] == [*range(7), 3, 4]

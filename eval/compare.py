@@ -20,7 +20,7 @@ from pydantic import Field
 from rich.console import Console
 
 from rag2 import config, pipeline
-from rag2.evaluation import arms, files, report, score, select, trial
+from rag2.evaluation import arms, files, place, report, score, select, trial
 from rag2.evaluation.arms import Arm
 from rag2.evaluation.environment import environment
 from rag2.evaluation.outcome import ArmResult
@@ -79,7 +79,7 @@ class CompareConfig(pipeline.Inputs):
 def main(cfg: CompareConfig) -> dict:
     """Make what is missing, evaluate every arm, write the report; returns results.json."""
     _check(cfg)
-    report.check(cfg.out)
+    place.check(cfg)
     if not (cfg.kb and cfg.questions):
         pipeline.ensure(cfg, {"data"})
     sets = read_questions(cfg)
@@ -89,17 +89,22 @@ def main(cfg: CompareConfig) -> dict:
     systems = Systems(parts(cfg), cfg.seed, cfg.prompt, sets.all(), by_id, cfg.dtype, where)
     if max(cfg.ks) > len(systems.chunks):
         raise UserError(f"ks={cfg.ks}: K is larger than the corpus of {len(systems.chunks)} chunks")
-    chosen = choose_arms(cfg, sets, systems)
+    chosen, left_out = choose_arms(cfg, sets, systems)
     needed = {stage for arm in chosen.values() for stage in stages(cfg, arm)}
     if needed:
         pipeline.ensure(cfg, needed)
 
-    results = evaluate(cfg, chosen, sets, systems)
+    with place.claimed(cfg):
+        results = evaluate(cfg, chosen, sets, systems)
     if "majority" in (cfg.arms or ["majority"]):
         position = score.majority_position(sets.train or sets.validation or sets.test)
         constant = score.constant(sets.test, position)
         results.append(ArmResult.of("majority", sets.test, constant, generator="majority"))
-    summary = summarize(task(cfg), results, seed=cfg.seed, environment=environment())
+    made_here = cfg.world is not None and not (cfg.generators or cfg.retrievers or cfg.encoder)
+    summary = summarize(
+        task(cfg), results, seed=cfg.seed, environment=environment(), equal=made_here
+    )
+    summary["left_out"] = left_out
     passages = {chunk.id: chunk.passage for chunk in systems.chunks}
     logs = files.read_logs(Path(cfg.home)) if cfg.world else {}
     report.write(Path(cfg.out), summary, results, passages=passages, logs=logs)
@@ -165,22 +170,29 @@ def parts(cfg: CompareConfig) -> Parts:
     )
 
 
-def choose_arms(cfg: CompareConfig, sets: QuestionSets, systems: Systems) -> dict[str, Arm]:
-    """The arms to run; raises UserError for one that lacks a part, or validation questions."""
+def choose_arms(
+    cfg: CompareConfig, sets: QuestionSets, systems: Systems
+) -> tuple[dict[str, Arm], dict[str, str]]:
+    """The arms to run, and what the others lack, where none was asked for by name.
+
+    Raises UserError for an arm that was, and lacks a part, or validation questions.
+    """
     asked = [name for name in cfg.arms or arms.ARMS if name != "majority"]
-    chosen = {}
+    chosen, left_out = {}, {}
     for name in asked:
         arm = arms.arm(name)
         lacking = systems.lacks(arm)
         if arm.retriever and arm.retriever != "gold" and not sets.validation:
-            lacking = "validation questions, on which K is chosen (split: validation)"
+            lacking = "validation questions: K is chosen on those of split validation"
         if lacking and cfg.arms:
             raise UserError(f"arm {name} lacks {lacking}")
-        if not lacking:
+        if lacking:
+            left_out[name] = lacking
+        else:
             chosen[name] = arm
     if not chosen:
         raise UserError("there is no arm to run: give generators={base: PATH}, or a world")
-    return chosen
+    return chosen, left_out
 
 
 def stages(cfg: CompareConfig, arm: Arm) -> set[str]:
@@ -211,6 +223,8 @@ def _check(cfg: CompareConfig) -> None:
     for name in cfg.arms or ():
         if name != "majority":
             arms.arm(name)
+    if "debiased" in cfg.metrics and cfg.prompt.format == "cloze":
+        raise UserError("metrics=[debiased] needs prompt.format=letters: cloze lists no choices")
     if any(k < 0 for k in cfg.ks):
         raise UserError(f"ks={cfg.ks}: a number of chunks is 0 or more")
     for key, given, known in (

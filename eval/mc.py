@@ -11,7 +11,7 @@ from pydantic import Field, PositiveInt
 from rich.console import Console
 
 from rag2 import config, pipeline
-from rag2.evaluation import arms, report, trial
+from rag2.evaluation import arms, place, report, trial
 from rag2.evaluation.environment import environment
 from rag2.evaluation.questions import load_questions, with_choices
 from rag2.evaluation.results import summarize
@@ -30,8 +30,8 @@ class McConfig(pipeline.Inputs):
     questions: str | None = None
     """JSONL of questions"""
     generator: str | None = None
-    split: str | None = None
-    """train, validation or test; null: every question of the file"""
+    split: Literal["train", "validation", "test"] | None = "test"
+    """null: every question of the file, those that a system was trained on too"""
     format: Literal["letters", "cloze"] = "cloze"
     """letters: the choices are listed and the answer is a letter; cloze: the answer's text"""
     shots: int = Field(default=0, ge=0)
@@ -52,14 +52,16 @@ class McConfig(pipeline.Inputs):
 
 
 def main(cfg: McConfig) -> dict:
-    """Score every question; writes results.json, samples_base.jsonl and report.md."""
+    """Score the questions; writes results.json, samples_base.jsonl and report.md."""
     cfg = pipeline.resolve(cfg)
     assert cfg.generator and cfg.questions
-    report.check(cfg.out)
+    place.check(cfg)
     questions = with_choices(load_questions(cfg.questions), cfg.questions)
     asked = [q for q in questions if cfg.split in (None, q.split)]
     if not asked:
         raise UserError(f"{cfg.questions}: no question of split {cfg.split!r}")
+    if "debiased" in cfg.metrics and cfg.format == "cloze":
+        raise UserError("metrics=[debiased] needs format=letters: cloze does not list the choices")
     generator = Generator.load(cfg.generator, cfg.dtype, distributed.device(cfg.device))
     prompt = Prompt(format=cfg.format, budget=cfg.budget, description=cfg.description)
     shots = Shots(count=cfg.shots, sampler=cfg.sampler, seed=cfg.seed)
@@ -69,7 +71,7 @@ def main(cfg: McConfig) -> dict:
     sets = trial.QuestionSets([], [], asked, [], [])
     found = {"test": arms.retrieve(asked, None, 0)}
     rules = trial.Rules([0], metrics=cfg.metrics)
-    with progress("mc", total=len(asked)) as advance:
+    with place.claimed(cfg), progress("mc", total=len(asked)) as advance:
         result = trial.run("base", arms.Arm("base"), sets, found, reader, rules, {}, advance)
     task = f"{Path(cfg.questions).stem} ({cfg.format}, {cfg.shots} shots)"
     summary = summarize(task, [result], seed=cfg.seed, environment=environment())

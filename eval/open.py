@@ -16,7 +16,7 @@ from pydantic import Field, PositiveInt
 from rich.console import Console
 
 from rag2 import config, pipeline
-from rag2.evaluation import open_results, report
+from rag2.evaluation import open_results, place
 from rag2.evaluation.arms import Found, retrieve
 from rag2.evaluation.environment import environment
 from rag2.evaluation.open_questions import Writer, choose
@@ -76,7 +76,7 @@ def main(cfg: OpenConfig) -> dict:
     assert cfg.generator and cfg.questions
     if cfg.prompt.format != "cloze":
         raise UserError(f"prompt.format={cfg.prompt.format}: open questions have no choices; cloze")
-    report.check(cfg.out)
+    place.check(cfg)
     pool = without_choices(load_questions(cfg.questions), cfg.questions)
     test = split(pool, cfg.split)[: cfg.limit]
     ks = [1] if cfg.retriever == "gold" else cfg.ks  # the gold chunk is read alone by definition
@@ -96,7 +96,7 @@ def main(cfg: OpenConfig) -> dict:
         cfg.max_new_tokens,
     )
     work = len(test) * (1 + bool(cfg.kb)) + len(chosen) * len(set(ks))
-    with progress("open", total=work) as advance:
+    with place.claimed(cfg), progress("open", total=work) as advance:
         results = [closed_book(writer, test, advance)]
         if search:
             gold = gold_chunks(test, chunks)

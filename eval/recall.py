@@ -12,7 +12,7 @@ from pydantic import Field
 from rich.console import Console
 
 from rag2 import config, pipeline
-from rag2.evaluation import report
+from rag2.evaluation import place
 from rag2.evaluation.questions import load_questions, split
 from rag2.index.flat import Flat
 from rag2.kb.lexical import BM25
@@ -47,7 +47,7 @@ def main(cfg: RecallConfig) -> dict:
     """Measure both retrievers; returns {retriever: {recall@k, mrr}} and writes recall.json."""
     cfg = pipeline.resolve(cfg)
     assert cfg.kb and cfg.questions
-    report.check(cfg.out)
+    place.check(cfg)
     with KnowledgeBase(Path(cfg.kb)) as kb:
         chunks = kb.chunks()
     depth = max(cfg.ks)
@@ -75,9 +75,8 @@ def main(cfg: RecallConfig) -> dict:
         "dense": figures(dense_QK, wanted, cfg.ks),
         "bm25": figures(bm25_QK, wanted, cfg.ks),
     }
-    out = Path(cfg.out)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "recall.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    with place.claimed(cfg) as out:
+        (out / "recall.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     Console().print_json(data=results)
     return results
 

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rag2 import config
-from rag2.evaluation import report
+from rag2.evaluation import place
 from rag2.evaluation.environment import environment
 from rag2.evaluation.workload import Case, Cost, Writer, cases
 from rag2.generator.bpe import train_bpe
@@ -55,7 +55,7 @@ class SpeedConfig(config.Config):
 
 def main(cfg: SpeedConfig) -> dict:
     """Time every case; writes speed.json."""
-    report.check(cfg.out)
+    place.check(cfg)
     harness = _harness()
     torch.set_num_threads(cfg.threads)
     torch.manual_seed(cfg.seed)
@@ -77,9 +77,8 @@ def main(cfg: SpeedConfig) -> dict:
         "environment": environment(),
         "cases": rows,
     }
-    out = Path(cfg.out)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "speed.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    with place.claimed(cfg) as out:
+        (out / "speed.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     Console().print(table(rows))
     return results
 

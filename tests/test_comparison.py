@@ -243,6 +243,29 @@ def test_what_is_missing_is_named_before_anything_is_scored(
     assert not (tmp_path / "out").exists()
 
 
+def test_an_evaluation_never_writes_over_another_one(compare: Compare, own: Path, tmp_path: Path):
+    out = tmp_path / "out"
+    compare(out, "arms=[base,majority]", "limit=5")
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match=r"holds what was made with limit=5, not 4: choose another"):
+        compare(out, "arms=[base,majority]", "limit=4")
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    saved = config.read(out / "config.yaml")
+    assert saved["generators"]["base"] == str(own / "base") and saved["limit"] == 5
+    compare(out, "arms=[base,majority]", "limit=5")  # the same again is no other one
+    (out / "config.yaml").unlink()
+    with pytest.raises(UserError, match=r"holds results.json and no config.yaml"):
+        compare(out, "arms=[base,majority]", "limit=5")
+
+
+def test_a_place_that_cannot_be_written_to_is_found_before_the_work(
+    compare: Compare, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(arms, "evaluate", lambda *_: pytest.fail("it was scored"))
+    with pytest.raises(UserError, match=r"out='/proc/foo' cannot be written to"):
+        compare(Path("/proc/foo"), "arms=[base]")
+
+
 def test_without_validation_questions_only_arms_without_a_choice_run(
     compare: Compare, own: Path, tmp_path: Path
 ):

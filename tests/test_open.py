@@ -148,9 +148,10 @@ def test_a_context_without_room_for_its_answer_is_told_by_the_questions_name(gen
         generate(generator.model, tokenizer, ["Who?", context], 13, names=["q1", "q2"])
     assert str(caught.value) == (
         f"question 'q2': a prompt of {taken} tokens and 13 of the answer, the generator has "
-        "positions for 512: set prompt.budget=500 or less to drop passages, or shorten the question"
+        "positions for 512: with passages, a prompt budget of 500 or less drops some; else take "
+        "fewer worked examples or shorten the question"
     )
-    with pytest.raises(UserError, match=r"question 'q9': .* prompt.budget=5\d\d or less"):
+    with pytest.raises(UserError, match=r"question 'q9': .* a prompt budget of 5\d\d or less"):
         score_choices(generator.model, tokenizer, [context], [[" yes", " no"]], names=["q9"])
     with pytest.raises(UserError, match=r"question '.*Who\? Who\? ': a prompt of"):
         score_choices(generator.model, tokenizer, [context], [[" yes", " no"]])
@@ -328,7 +329,7 @@ def test_a_question_longer_than_the_model_is_named_with_the_remedy(
     rows = [json.loads(line) for line in asked.read_text().splitlines()]
     rows[5]["question"] = "Who? " * 400
     for budget, says in (
-        (2048, "positions for 512: set prompt.budget=507 or less"),
+        (2048, "positions for 512: with passages, a prompt budget of 507 or less"),
         (507, "prompt.budget=507 tokens: question 'o5' alone takes"),
     ):
         line = words(home, write(tmp_path, rows), f"prompt.budget={budget}", "kb=null")

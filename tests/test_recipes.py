@@ -81,7 +81,7 @@ def test_joint_training_with_both_halves_frozen_is_frozen_rag(
     assert after.fingerprint() == warm.fingerprint()
     assert reader.fingerprint() == base.fingerprint()
     assert json.loads((out / "final" / "manifest.json").read_text())["meta"] == {
-        "trained_parameters": 0
+        "trained": {"retriever": 0, "generator": 0}
     }
     rows = log(out)
     assert len(rows) == 9 and all(math.isfinite(row["loss"]) for row in rows)

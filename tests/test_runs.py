@@ -166,8 +166,8 @@ def test_a_joint_run_leaves_the_documented_files_and_keys(whole: dict[str, Path]
     manifest = json.loads((out / "final" / "manifest.json").read_text())
     halves = [DualEncoder.load(out / "final" / "retriever")]
     halves += [Generator.load(out / "final" / "generator").model]
-    count = sum(p.numel() for half in halves for p in half.parameters())
-    assert manifest["meta"]["trained_parameters"] == count
+    counts = [sum(p.numel() for p in half.parameters()) for half in halves]
+    assert manifest["meta"]["trained"] == {"retriever": counts[0], "generator": counts[1]}
     assert json.loads((out / "final" / "prompt.json").read_text()) == Prompt().model_dump()
 
 

@@ -88,7 +88,7 @@ def main(cfg: FinetuneConfig) -> dict[str, float]:
             if (step + 1) % cfg.checkpoint_every == 0:
                 run.checkpoint(step + 1)
     generator.model.eval()
-    run.finish(generator=generator, trained_parameters=sum(p.numel() for p in weights))
+    run.finish(generator=generator, trained={"generator": sum(p.numel() for p in weights)})
     return {"loss": loss}
 
 

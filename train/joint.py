@@ -158,7 +158,7 @@ def main(cfg: JointConfig) -> dict[str, float]:
             if (step + 1) % cfg.checkpoint_every == 0:
                 run.checkpoint(step + 1, **index.state())
                 index.prune(checkpoint.retained(run.out))
-    finish(cfg, run, rag, weights)
+    finish(cfg, run, rag, halves)
     return {"loss": loss}
 
 
@@ -188,14 +188,14 @@ def load(cfg: JointConfig, device: torch.device) -> tuple[Rag, dict[str, Any]]:
     return rag, halves
 
 
-def finish(cfg: JointConfig, run: Run, rag: Rag, weights: list[Any]) -> None:
-    """Commit final/: both halves, the prompt and how many weights were trained."""
+def finish(cfg: JointConfig, run: Run, rag: Rag, halves: dict[str, Any]) -> None:
+    """Commit final/: both halves, the prompt and how many weights of each were trained."""
     rag.eval()
     run.finish(
         generator=Generator(rag.generator, rag.tokenizer),
         retriever=rag.retriever,
         prompt=cfg.prompt,
-        trained_parameters=sum(p.numel() for p in weights),
+        trained={half: sum(p.numel() for p in group) for half, (group, _) in halves.items()},
     )
 
 

@@ -119,7 +119,7 @@ def main(cfg: PretrainConfig) -> dict[str, float]:
             if (step + 1) % cfg.checkpoint_every == 0:
                 run.checkpoint(step + 1)
     base.model.eval()
-    run.finish(generator=base, trained_parameters=sum(p.numel() for p in weights))
+    run.finish(generator=base, trained={"generator": sum(p.numel() for p in weights)})
     return {"loss": loss}
 
 

@@ -162,7 +162,7 @@ def main(cfg: RetrieverConfig) -> dict[str, float]:
             if (step + 1) % cfg.checkpoint_every == 0:
                 run.checkpoint(step + 1, top=top, waited=waited)
     trained = sum(p.numel() for p in weights)
-    run.finish(retriever=best.eval(), recall_at_5=top, trained_parameters=trained)
+    run.finish(retriever=best.eval(), recall_at_5=top, trained={"retriever": trained})
     return {"recall_at_5": top}
 
 

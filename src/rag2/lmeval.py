@@ -9,6 +9,7 @@ as mutual information has it, stays empty.
 """
 
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,6 +64,9 @@ class Settings(Config):
     device: str = "cpu"
 
 
+logger = logging.getLogger(__name__)
+
+
 @dataclass(frozen=True, slots=True)
 class Found:
     """The chunks of one document, best first, with their scores."""
@@ -85,6 +89,10 @@ class Rag(LM):
             self.cfg = Settings.model_validate(settings)
         except ValidationError as error:
             raise UserError(mistake(Settings, error)) from None
+        if self.cfg.device.startswith("cuda") and not torch.cuda.is_available():
+            # The command line of lm-evaluation-harness asks for a GPU unless told otherwise.
+            logger.warning("device=%s: there is no GPU, taking the CPU", self.cfg.device)
+            self.cfg = self.cfg.model_copy(update={"device": "cpu"})
         self.generator = Generator.load(self.cfg.generator, self.cfg.dtype, self.cfg.device)
         self.chunks: dict[int, Chunk] = {}
         self.retriever = self._retriever()
@@ -159,7 +167,7 @@ class Rag(LM):
             room = int(options.get("max_gen_toks", 256))
             query = self._query(request) if self.retriever and context else ""
             context, dropped = self._concatenated(context, query, self.max_length - room)
-            ids = self.generator.tokenizer.encode(context)
+            ids = self._encode(context)
             if len(ids) + room > self.max_length:
                 raise UserError(
                     f"task {request.task_name!r}: {len(ids)} tokens of context and "
@@ -169,6 +177,12 @@ class Rag(LM):
             texts.append(_before(text, until))
             self._tell(request, query, dropped)
         return texts
+
+    def _encode(self, context: str) -> list[int]:
+        """The context's tokens; a beginning of text that it spells out is not doubled."""
+        tokenizer = self.generator.tokenizer
+        begins = tokenizer.bos_token and context.startswith(tokenizer.bos_token)
+        return tokenizer.encode(context, add_special_tokens=not begins)
 
     @torch.no_grad()
     def _greedy(self, ids: list[int], room: int, until: Sequence[str]) -> str:

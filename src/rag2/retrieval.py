@@ -53,7 +53,7 @@ class Random:
         self.chunk_ids, self.seed = np.asarray(chunk_ids, dtype=np.int64), seed
 
     def search(self, questions: Sequence[Question], k: int) -> tuple[np.ndarray, np.ndarray]:
-        """As Retriever.search; the draw depends on the seed and the question's place alone."""
+        """As Retriever.search; the draw depends on the seed, k and the question's place."""
         rng = np.random.default_rng(self.seed)
         ids_QK = np.stack([rng.choice(self.chunk_ids, size=k, replace=False) for _ in questions])
         return np.zeros(ids_QK.shape, dtype=np.float32), ids_QK

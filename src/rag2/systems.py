@@ -105,24 +105,25 @@ class Systems:
     def cost(self, arm: Arm) -> dict[str, Any]:
         """What training adds to the base: seconds, weights that learned, and the peak memory.
 
-        None where a part does not come from a run of rag2, so that nobody knows.
+        The weights are those of the arm's own two halves; the time is that of every run behind
+        them. None where a part does not come from a run of rag2, so that nobody knows.
         """
-        unknown = {"train_seconds": None, "trained_parameters": None, "peak_memory_bytes": None}
-        own = [self.parts.generators[arm.generator]] if arm.generator != "base" else []
-        if arm.retriever == "warm" and self.parts.encoder:
-            return unknown
+        halves: dict[str, Path | None] = {}
+        if arm.generator != "base":
+            halves["generator"] = run_of(self.parts.generators[arm.generator])
         if arm.retriever in TRAINED_BY:
-            own.append(self.parts.retrievers[str(arm.retriever)])
-        runs = {run_of(path) for path in own}
-        trained = [_trained_parameters(run) for run in runs if run]
+            given = self.parts.encoder and arm.retriever == "warm"
+            path = self.parts.retrievers.get(str(arm.retriever), "")
+            halves["retriever"] = None if given else run_of(path)
+        runs = list(halves.values())
         if {arm.generator, arm.retriever} & {"joint", "sft"} and "warm" in self.parts.retrievers:
-            runs.add(run_of(self.parts.retrievers["warm"]))  # both start from the warm start
+            runs.append(run_of(self.parts.retrievers["warm"]))  # both start from the warm start
         if None in runs:
-            return unknown
-        known = sorted(filter(None, runs))
+            return {"train_seconds": None, "trained_parameters": None, "peak_memory_bytes": None}
+        known = sorted({run for run in runs if run})
         return {
             "train_seconds": sum(map(train_seconds, known)),
-            "trained_parameters": sum(trained),
+            "trained_parameters": sum(_trained(run)[half] for half, run in halves.items() if run),
             "peak_memory_bytes": max(filter(None, map(train_memory, known)), default=None),
         }
 
@@ -161,6 +162,7 @@ def _verified(path: str) -> str:
     return path
 
 
-def _trained_parameters(run: Path) -> int:
+def _trained(run: Path) -> dict[str, int]:
+    """How many weights of each half learned in a run."""
     manifest = json.loads((run / "final" / artifact.MANIFEST).read_text(encoding="utf-8"))
-    return manifest["meta"]["trained_parameters"]
+    return manifest["meta"]["trained"]

@@ -3,6 +3,7 @@
 Letters: Q questions, K retrieved chunks, C choices.
 """
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -83,6 +84,8 @@ class Reader:
     known: dict[Key, list[float]] = field(default_factory=dict)
     tokens: dict[Key, int] = field(default_factory=dict)
     """tokens of a prompt and its choices, as if nothing were shared with other prompts"""
+    seconds: dict[Key, float] = field(default_factory=dict)
+    """time of reading a prompt: of what was read together, a share by its tokens"""
     dropped: dict[Key, int] = field(default_factory=dict)
     """prompts whose budget had no room for some of their chunks, and for how many"""
 
@@ -96,13 +99,17 @@ class Reader:
                 self.dropped[key] = built.dropped
             contexts.append(built.text)
             continuations.append(self.prompt.continuations(question.choices))
+        began = time.perf_counter()
         encoded = self._encode(contexts, continuations, [q.id for q, _ in todo.values()])
         scored = self._score(encoded)
+        tokens = encoded.tokens()
+        pace = (time.perf_counter() - began) / max(1, sum(tokens))
         for (question, _), scores in zip(todo, scored, strict=True):
             if not np.isfinite(scores).all():
                 raise UserError(f"the generator's log-likelihoods of {question!r} are not finite")
         self.known.update(zip(todo, scored, strict=True))
-        self.tokens.update(zip(todo, encoded.tokens(), strict=True))
+        self.tokens.update(zip(todo, tokens, strict=True))
+        self.seconds.update(zip(todo, (pace * count for count in tokens), strict=True))
 
     def unconditional(self, questions: Sequence[Question]) -> Floats:
         """log p(choice) in nats after no context at all [Q, C], for mutual information."""

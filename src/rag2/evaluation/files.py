@@ -35,6 +35,8 @@ def read_results(directory: Path) -> Results:
     found = results.get("format") if isinstance(results, dict) else None
     if found != FORMAT:
         raise UserError(f"{path} has format {str(found)[:40]!r}; this version reads {FORMAT!r}")
+    if "f1_interval" in results:
+        raise UserError(f"{path} is of open questions: its report is the report.md beside it")
     missing = ", ".join(sorted(KEYS - results.keys()))
     if missing or not results["arms"]:
         raise UserError(f"{path} is incomplete: no {missing or 'arms'}")

@@ -139,7 +139,7 @@ def _arm(arm: OpenResult, seed: int) -> dict[str, Any]:
         "f1_ci95": [_short(edge) for edge in stats.bootstrap_mean(arm.f1, seed=seed)],
         "retriever": arm.retriever,
         "generator": "base",
-        "reading": "concatenated" if arm.retriever else "closed",
+        "reading": "concat" if arm.retriever else "closed",
         "k": arm.k,
         "recall_at_1": arm.recall_at_1,
         "recall_at_k": arm.recall_at_k,

@@ -1,6 +1,7 @@
 """Scores and the K chosen -> what an arm answered to every test question, and at what cost."""
 
 import itertools
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -51,6 +52,7 @@ class ArmResult:
     recall_at_k: float | None = None
     control_accuracy: float | None = None
     two_hop_accuracy: float | None = None
+    asked_beside: Mapping[str, int] = field(default_factory=dict)
     train_seconds: float | None = 0.0
     eval_seconds: float = 0.0
     eval_tokens: int | None = None
@@ -187,4 +189,5 @@ def pool(runs: Sequence[ArmResult]) -> ArmResult:
         **{key: mean(key) for key in (*means, "train_seconds", "eval_seconds")},
         **{key: total(key) for key in ("eval_tokens", "dropped_chunks")},
         peak_memory_bytes=most("peak_memory_bytes"),
+        asked_beside=dict(sum((Counter(run.asked_beside) for run in runs), Counter())),
     )

@@ -22,7 +22,6 @@ from rag2.evaluation.results import summarize as summarize
 from rag2.evaluation.samples import write_samples
 from rag2.evaluation.verdict import Results
 from rag2.evaluation.verdict import verdict as verdict
-from rag2.registry import UserError
 
 # What fits on 80 columns; report.md has the others.
 TERMINAL = [
@@ -30,15 +29,6 @@ TERMINAL = [
     for column in (*ARMS, *COST)
     if column.key in ("accuracy", "ci95", "k", "recall_at_1", "train_seconds")
 ]
-
-
-def check(directory: str | Path) -> None:
-    """Raise UserError, before the work begins, if the report cannot be written there."""
-    place = Path(directory).absolute()
-    while not place.exists():
-        place = place.parent
-    if not place.is_dir():
-        raise UserError(f"out={str(directory)!r}: {place} is a file, not a directory")
 
 
 def write(

@@ -26,7 +26,7 @@ CONTRASTS = (
 # What the two arms of a contrast were given alike, so that the method alone can differ.
 EQUAL = {
     ("joint", "sft_rag"): "equal supervision: the same questions and answers, steps and chunks",
-    ("frozen_rag", "ft"): "equal supervision: the documents and no question",
+    ("frozen_rag", "ft"): "equal supervision: the documents and no training question",
 }
 
 
@@ -37,12 +37,14 @@ def summarize(
     seed: int,
     environment: Mapping[str, Any],
     groups: Sequence[str] = ("wording", "subject"),
+    equal: bool = False,
     by_seed: Mapping[int, Sequence[ArmResult]] | None = None,
 ) -> dict[str, Any]:
     """The content of results.json for arms that answered the same questions in the same order.
 
-    `groups` are question metadata keys to break accuracies down by; with several seeds pass the
-    pooled arms as `arms` and the single runs as `by_seed`.
+    `groups` are question metadata keys to break accuracies down by; `equal` says that the arms were
+    trained by the stages of their names, so that contrasts at equal supervision may be called so;
+    with several seeds pass the pooled arms as `arms` and the single runs as `by_seed`.
     """
     asked = [question.id for question in arms[0].questions]
     for arm in arms:
@@ -56,7 +58,7 @@ def summarize(
         "seed": seed,
         "interval": "wilson",
         "arms": {name: _arm(arm, groups, named.get("base")) for name, arm in named.items()},
-        "paired": _paired(named, groups, seed),
+        "paired": _paired(named, groups, seed, EQUAL if equal else {}),
         "pairwise": _pairwise(named),
         "k_selection": _k_selection(arms),
         "environment": dict(environment),
@@ -101,6 +103,7 @@ def _arm(arm: ArmResult, groups: Sequence[str], base: ArmResult | None) -> dict[
         "acc_bytes": float(np.mean(arm.correct_bytes)),
         "acc_mutual_info": _share(arm.correct_mutual),
         "debiased_accuracy": _share(arm.debiased_Q),
+        "intervals": _intervals(arm),
         "retriever": arm.retriever,
         "generator": arm.generator,
         "reading": arm.reading,
@@ -119,6 +122,26 @@ def _arm(arm: ArmResult, groups: Sequence[str], base: ArmResult | None) -> dict[
         "peak_memory_bytes": arm.peak_memory_bytes,
         "trained_parameters": arm.trained_parameters,
         "dropped_chunks": arm.dropped_chunks,
+    }
+
+
+def _intervals(arm: ArmResult) -> dict[str, tuple[float, float]]:
+    """Wilson's interval of every other share of questions that the arm has."""
+    n = len(arm.questions)
+    shares = {
+        "acc_norm": (float(np.mean(arm.correct_norm)), n),
+        "acc_bytes": (float(np.mean(arm.correct_bytes)), n),
+        "acc_mutual_info": (_share(arm.correct_mutual), n),
+        "debiased_accuracy": (_share(arm.debiased_Q), n),
+        "recall_at_1": (arm.recall_at_1, n),
+        "recall_at_k": (arm.recall_at_k, n),
+        "control_accuracy": (arm.control_accuracy, arm.asked_beside.get("control", 0)),
+        "two_hop_accuracy": (arm.two_hop_accuracy, arm.asked_beside.get("two_hop", 0)),
+    }
+    return {
+        key: stats.wilson(round(share * count), count)
+        for key, (share, count) in shares.items()
+        if share is not None and count
     }
 
 
@@ -178,7 +201,10 @@ def _labels(arm: ArmResult, key: str) -> dict[str, Bools]:
 
 
 def _paired(
-    arms: Mapping[str, ArmResult], groups: Sequence[str], seed: int
+    arms: Mapping[str, ArmResult],
+    groups: Sequence[str],
+    seed: int,
+    equal: Mapping[tuple[str, str], str],
 ) -> list[dict[str, Any]]:
     pairs = contrasts(arms)
     tests = [stats.paired(arms[a].correct, arms[b].correct, seed=seed) for a, b in pairs]
@@ -193,7 +219,7 @@ def _paired(
             "holm_p": p,
             "a_only": test.a_only,
             "b_only": test.b_only,
-            "equal": EQUAL.get((a, b)),
+            "equal": equal.get((a, b)),
             "groups": _paired_groups(arms[a], arms[b], groups, seed),
         }
         for (a, b), test, p in zip(pairs, tests, adjusted, strict=True)

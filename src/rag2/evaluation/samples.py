@@ -46,7 +46,8 @@ def _sample(arm: ArmResult, row: int, metrics: Sequence[str]) -> dict[str, Any]:
     context = arm.contexts[row] if arm.contexts else question.question
     assert len(labels) == len(question.choices), (question.id, len(labels))
     doc = to_row(question)
-    # Floats as repr strings round-trip exactly. A mixture has no greedy continuation, hence False.
+    # Floats as repr strings round-trip exactly. Whether an answer is the greedy one is not
+    # computed: of a mixture there is none, and for the other arms nobody asks.
     answers = [[repr(float(logp)), "False"] for logp in arm.logp_QC[row, : len(labels)]]
     target = str(question.answer)
     return {

@@ -23,6 +23,7 @@ def sections(results: Results) -> list[Section]:
         _paired(results),
         _grid(results),
         _scores(results),
+        _intervals(results),
         _cost(results),
     )
     return [section for section in made if section]
@@ -45,6 +46,11 @@ def _arms(results: Results) -> Section:
         notes.append(
             f"Retrieved chunks that the prompt's budget had no room for, not read: {dropped}."
         )
+    lacking: dict[str, list[str]] = {}
+    for name, why in results.get("left_out", {}).items():
+        lacking.setdefault(why.partition(":")[0], []).append(name)
+    for why, names in lacking.items():
+        notes.append(f"Left out for want of {why}: {', '.join(names)}.")
     return Section("Arms", (table_of_arms(results, ARMS, labels=4), " ".join(notes)))
 
 
@@ -111,7 +117,10 @@ def _selection(results: Results) -> Section | None:
             f"{name} K = {k} ({percent(selection['oracle_test_accuracy'][name])})"
             for name, k in selection["oracle_test"].items()
         )
-        parts.append(f"Oracle, chosen on the test answers and therefore no result: {oracle}.")
+        parts.append(
+            "Oracle, the best K, reading and temperature on the test answers and therefore no "
+            f"result: {oracle}."
+        )
     return Section("Choice of K", tuple(parts))
 
 
@@ -232,5 +241,23 @@ def _scores(results: Results) -> Section | None:
 
 
 def _cost(results: Results) -> Section:
-    note = "Wall-clock seconds; training includes every stage an arm needs beyond the base."
+    note = (
+        "Wall-clock seconds; training includes every stage an arm needs beyond the base. "
+        "Evaluation: tokens and reading time of the prompts that the test questions are answered "
+        "from, without those that only chose K, and without retrieval."
+    )
     return Section("Cost", (table_of_arms(results, COST), note))
+
+
+def _intervals(results: Results) -> Section | None:
+    """Wilson's intervals of the shares whose tables hold the figure alone."""
+    arms = {name: arm.get("intervals") or {} for name, arm in results["arms"].items()}
+    kept = [c for c in (*ARMS, *SCORES) if any(c.key in found for found in arms.values())]
+    if not kept:
+        return None
+    rows = tuple(
+        (name, *(interval(found[c.key]) if c.key in found else "-" for c in kept))
+        for name, found in arms.items()
+    )
+    header = ("arm", *(column.title for column in kept))
+    return Section("Intervals of the other shares", (Table(header, rows),))

@@ -1,7 +1,6 @@
 """One arm on every set of questions: score all, choose on validation, count on test."""
 
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -74,7 +73,6 @@ def run(
     tick: Callable[[int], None] = lambda amount: None,
 ) -> ArmResult:
     """The arm's answers to the test questions; `gold` names the chunks that answer a question."""
-    began = time.perf_counter()
     concat = rules.of(arm) if "concat" in rules.readings and arm.retriever else []
     scored = {
         part: arms.evaluate(getattr(sets, part), rows, reader, tick, concat)
@@ -105,7 +103,8 @@ def run(
         recall_at_k=score.recall_at(ids_QK, right, choice.k) if choice else None,
         dropped_chunks=sum(reader.dropped.get(prompt, 0) for prompt in prompts),
         eval_tokens=sum(reader.tokens[prompt] for prompt in prompts),
-        eval_seconds=time.perf_counter() - began,
+        eval_seconds=sum(reader.seconds[prompt] for prompt in prompts),
+        asked_beside={part: len(getattr(sets, part)) for part in ("control", "two_hop")},
         **_beside(sets, scored, choice),
         **facts,
     )

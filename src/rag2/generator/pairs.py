@@ -155,8 +155,8 @@ def check_room(model: Model, context: int, answer: int, called: str) -> None:
         budget = max(limit - answer + 1, 1)
         raise UserError(
             f"question {called!r}: a prompt of {context} tokens and {answer} of the answer, the "
-            f"generator has positions for {limit}: set prompt.budget={budget} or less "
-            "to drop passages, or shorten the question"
+            f"generator has positions for {limit}: with passages, a prompt budget of {budget} or "
+            "less drops some; else take fewer worked examples or shorten the question"
         )
 
 

@@ -59,7 +59,8 @@ class Prompt(Config):
                 return Built(text, dropped=len(passages) - kept)
         raise UserError(
             f"prompt.budget={self.budget} tokens: question {name or question[:60]!r} alone takes "
-            f"{len(tokenizer.encode(header + stem))}: raise the budget or shorten the question"
+            f"{len(tokenizer.encode(header + stem))}: raise the budget, "
+            f"{'take fewer worked examples, ' * bool(header)}or shorten the question"
         )
 
     def header(self, subject: str = "", examples: Sequence[Question] = ()) -> str:

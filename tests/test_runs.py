@@ -1,7 +1,9 @@
 """A run of a recipe: one that was cut off goes on as if nothing had happened; what it leaves."""
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +24,7 @@ from rag2.registry import UserError
 from rag2.retrieval import gold_chunks
 from rag2.retriever.embed import embed_corpus
 from rag2.retriever.encoder import DualEncoder, EncoderConfig
+from rag2.training.log import RunLog
 from small_runs import KINDS, Killed, Load, generations, killed_at, log, settings, start, weights
 from small_world import SHAPE, forget
 
@@ -97,6 +100,37 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(
     changed = settings("joint", home) | {"seed": 4, "steps": 2, "out": str(tmp_path / "other")}
     module.main(module.JointConfig(**changed))
     assert log(tmp_path / "other") != log(whole["joint"])[:2]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_that_is_asked_to_stop_commits_its_step_and_goes_on_from_there(
+    recipe: Load,
+    home: Path,
+    whole: dict[str, Path],
+    tmp_path: Path,
+    kind: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    out = tmp_path / kind
+    before = signal.getsignal(signal.SIGTERM)
+    honest = RunLog.write
+
+    def write(self: RunLog, **values: Any) -> None:
+        honest(self, **values)
+        if values["step"] == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunLog, "write", write)
+        with pytest.raises(SystemExit) as ended:
+            start(recipe, kind, home, out)
+    assert ended.value.code == 0 and "stopped after 6 steps" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert (out / "checkpoints" / "latest").read_text().strip() == "step-000006"
+    assert not (out / "final").exists()
+    start(recipe, kind, home, out, resume=True)
+    assert weights(out) == weights(whole[kind]) and log(out) == log(whole[kind])
 
 
 def test_resume_without_a_checkpoint_starts_at_zero(

@@ -16,6 +16,7 @@ from rag2.kb.store import KnowledgeBase
 from rag2.registry import UserError
 from rag2.training import checkpoint, distributed, optim
 from rag2.training.choices import Objective, Tuning
+from rag2.training.interrupt import Stop
 from rag2.training.log import Clock, progress
 from rag2.training.objectives import Unsupervised
 from rag2.training.run import Run
@@ -74,7 +75,7 @@ def main(cfg: FinetuneConfig) -> dict[str, float]:
     optimizer = optim.adamw({"generator": (weights, cfg.lr)}, cfg.weight_decay, cfg.betas)
     run = Run(cfg, {"generator": generator.model}, optimizer)
     loss, clock = float("nan"), Clock()
-    with progress("finetune", cfg.steps, run.start) as advance:
+    with Stop() as stop, progress("finetune", cfg.steps, run.start) as advance:
         for step in range(run.start, cfg.steps):
             optimizer.zero_grad(set_to_none=True)
             nll = batch_loss(step)
@@ -85,8 +86,9 @@ def main(cfg: FinetuneConfig) -> dict[str, float]:
             optimizer.step()
             run.log.write(step=step, loss=loss, grad_norm=norm, lr=lr, seconds=clock.lap())
             advance(1, loss=loss)
-            if (step + 1) % cfg.checkpoint_every == 0:
+            if (step + 1) % cfg.checkpoint_every == 0 or stop.asked():
                 run.checkpoint(step + 1)
+                stop.obey(run, step + 1)
     generator.model.eval()
     run.finish(generator=generator, trained={"generator": sum(p.numel() for p in weights)})
     return {"loss": loss}

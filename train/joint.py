@@ -32,6 +32,7 @@ from rag2.retriever.encoder import DualEncoder, EncoderConfig
 from rag2.training import batches, checkpoint, distributed, optim
 from rag2.training.candidates import Candidates, Proposals, rerank
 from rag2.training.choices import Index, Loss, Refresh, Step, Tuning
+from rag2.training.interrupt import Stop
 from rag2.training.log import Clock, progress
 from rag2.training.run import Run
 from rag2.training.step import TwoPass
@@ -105,6 +106,7 @@ def main(cfg: JointConfig) -> dict[str, float]:
 
     loss, clock = float("nan"), Clock()
     with (
+        Stop() as stop,
         progress("joint", cfg.steps, run.start) as advance,
         LiveIndex(store, cfg.refresh, run.extra, distributed.barrier) as index,
     ):
@@ -155,9 +157,10 @@ def main(cfg: JointConfig) -> dict[str, float]:
             advance(1, loss=loss)
             index.refresh(step)
             index.poll(step)
-            if (step + 1) % cfg.checkpoint_every == 0:
+            if (step + 1) % cfg.checkpoint_every == 0 or stop.asked():
                 run.checkpoint(step + 1, **index.state())
                 index.prune(checkpoint.retained(run.out))
+                stop.obey(run, step + 1)
     finish(cfg, run, rag, halves)
     return {"loss": loss}
 

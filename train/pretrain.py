@@ -21,6 +21,7 @@ from rag2.generator.logprob import sequence_nll
 from rag2.generator.prompt import Prompt
 from rag2.registry import UserError
 from rag2.training import batches, checkpoint, optim
+from rag2.training.interrupt import Stop
 from rag2.training.log import Clock, progress
 from rag2.training.run import Run
 from rag2.training.sequences import (
@@ -99,7 +100,7 @@ def main(cfg: PretrainConfig) -> dict[str, float]:
     optimizer = optim.muon(base.model, cfg.lr_hidden, cfg.lr, cfg.weight_decay, cfg.betas)
     run = Run(cfg, {"generator": base.model}, optimizer)
     loss = float("nan")
-    with progress("pretrain", cfg.steps, run.start) as advance:
+    with Stop() as stop, progress("pretrain", cfg.steps, run.start) as advance:
         clock = Clock()
         for step in range(run.start, cfg.steps):
             picked = batches.bucketed(lengths, cfg.batch_size, cfg.seed, step)
@@ -116,8 +117,9 @@ def main(cfg: PretrainConfig) -> dict[str, float]:
             optimizer.step()
             run.log.write(step=step, loss=loss, grad_norm=norm, lr=lr, seconds=clock.lap())
             advance(1, loss=loss)
-            if (step + 1) % cfg.checkpoint_every == 0:
+            if (step + 1) % cfg.checkpoint_every == 0 or stop.asked():
                 run.checkpoint(step + 1)
+                stop.obey(run, step + 1)
     base.model.eval()
     run.finish(generator=base, trained={"generator": sum(p.numel() for p in weights)})
     return {"loss": loss}

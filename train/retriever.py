@@ -25,6 +25,7 @@ from rag2.registry import UserError
 from rag2.retriever.embed import embed_corpus
 from rag2.retriever.encoder import DualEncoder, EncoderConfig
 from rag2.training import batches, checkpoint, optim
+from rag2.training.interrupt import Stop
 from rag2.training.log import Clock, progress
 from rag2.training.run import Run
 from rag2.training.sequences import load_tokenizer
@@ -134,7 +135,7 @@ def main(cfg: RetrieverConfig) -> dict[str, float]:
     best = copy.deepcopy(encoder)  # a module, so that checkpoints hold it too
     run = Run(cfg, {"retriever": encoder, "best": best}, optimizer)
     top, waited = run.extra.get("top", -1.0), run.extra.get("waited", 0)
-    with progress("retriever", cfg.steps, run.start) as advance:
+    with Stop() as stop, progress("retriever", cfg.steps, run.start) as advance:
         clock = Clock()
         for step in range(run.start, cfg.steps):
             if waited >= cfg.patience:
@@ -159,8 +160,9 @@ def main(cfg: RetrieverConfig) -> dict[str, float]:
                     best.load_state_dict(encoder.state_dict())
             run.log.write(**line, seconds=clock.lap())
             advance(1, loss=line["loss"], recall=top)
-            if (step + 1) % cfg.checkpoint_every == 0:
+            if (step + 1) % cfg.checkpoint_every == 0 or stop.asked():
                 run.checkpoint(step + 1, top=top, waited=waited)
+                stop.obey(run, step + 1)
     trained = sum(p.numel() for p in weights)
     run.finish(retriever=best.eval(), recall_at_5=top, trained={"retriever": trained})
     return {"recall_at_5": top}

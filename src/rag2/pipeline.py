@@ -281,7 +281,8 @@ class _Plan:
         ]
         steps = (config.read(self.yaml(name)) | self.cfg.stage.get(name, {})).get("steps")
         length = steps if isinstance(steps, int) else 0  # what else it is, the recipe will say
-        return stages.Job(name, directory, command, frozenset(self.needs(name)), length)
+        needs = frozenset(self.needs(name))
+        return stages.Job(name, directory, command, needs, length, result="final")
 
     def changes(self, name: str) -> list[str]:
         """The overrides that `stage` adds to the YAML file; what the file says already is none."""

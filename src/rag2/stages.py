@@ -39,7 +39,8 @@ os.execvp(sys.argv[2], sys.argv[2:])
 class Job:
     """A command that fills `directory`, after the jobs it needs; `steps` is its bar's length.
 
-    Without `one_thread` it has as many threads as the same command typed by hand.
+    Without `one_thread` it has as many threads as the same command typed by hand. `result` is what
+    it leaves in the directory when it came to its end: a run that was stopped exits with 0 too.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Job:
     needs: frozenset[str]
     steps: int
     one_thread: bool = True
+    result: str | None = None
 
 
 class Failed(UserError):
@@ -140,6 +142,8 @@ class _Process:
             lines = (line for line in reversed(text.split("\n")) if line.strip())
             last = next(lines, f"exit status {status}")
             raise Failed(self.job, last.strip().removeprefix("error: "))
+        if self.job.result and not (self.job.directory / self.job.result).exists():
+            raise Failed(self.job, "it was stopped before its end; the same command goes on")
         self._advance(max(0, max(1, self.job.steps) - self._seen))
         return True
 

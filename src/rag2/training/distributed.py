@@ -53,6 +53,15 @@ def world() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def any_of(value: bool) -> bool:
+    """Whether it is true in any process; the same answer in all."""
+    if world() == 1:
+        return value
+    found = torch.tensor(float(value), device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    return bool(found)
+
+
 def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
     """Replace each gradient by its mean over all processes; a missing one counts as zero."""
     if world() == 1:

@@ -5,8 +5,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.rag2-installed
 ARGS ?=
+N ?= 50
 
-.PHONY: help demo test test-slow check format clean
+.PHONY: help demo test test-slow chaos check format clean
 .DEFAULT_GOAL := help
 
 help:  ## show this list
@@ -25,6 +26,9 @@ test: $(READY)  ## run the tests: CPU, no network, minutes (ARGS="-k name")
 
 test-slow: $(READY)  ## run the slow tests too
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not gpu' $(ARGS)
+
+chaos: $(READY)  ## kill joint runs N times and compare them with an undisturbed one (ARGS="--fault NAME")
+	OMP_NUM_THREADS=1 $(BIN)/python tests/chaos.py --kills $(N) $(ARGS)
 
 check: $(READY)  ## lint, formatting and types
 	$(BIN)/ruff check .

@@ -47,6 +47,7 @@ def main() -> None:
     """Kill until there were enough; exit status 1 if anything differed."""
     arguments = argparse.ArgumentParser(description="Kill joint runs and let them go on.")
     arguments.add_argument("--kills", type=int, default=100)
+    arguments.add_argument("--minutes", type=float, default=1e9, help="end after this long, too")
     arguments.add_argument("--seed", type=int, default=secrets.randbits(31))
     arguments.add_argument("--fault", choices=sorted(chaos_points.FAULTS))
     arguments.add_argument(
@@ -54,7 +55,9 @@ def main() -> None:
     )
     asked = arguments.parse_args()
     with tempfile.TemporaryDirectory(prefix="rag2-chaos-") as folder:
-        found = Chaos(Path(folder), asked.seed, asked.fault, asked.processes).run(asked.kills)
+        found = Chaos(Path(folder), asked.seed, asked.fault, asked.processes).run(
+            asked.kills, 60 * asked.minutes
+        )
     sys.stdout.write(json.dumps(found) + "\n")
     raise SystemExit(0 if found["differences"] == 0 else 1)
 
@@ -69,8 +72,8 @@ class Chaos:
         self.problems: list[str] = []
         chaos_points.make_home(folder / "home")
 
-    def run(self, kills: int) -> dict[str, Any]:
-        """What happened: kills by kind, finished runs, differences."""
+    def run(self, kills: int, seconds: float) -> dict[str, Any]:
+        """What happened until there were enough kills: by kind, finished runs, differences."""
         settings = [*SETTINGS[:-1], "steps=1", "checkpoint_every=1"]
         chaos_points.load_everything(self.folder / "first", self.folder / "home", settings)
         began = time.monotonic()
@@ -78,9 +81,12 @@ class Chaos:
         self.seconds = time.monotonic() - began
         self.expected = log(self.folder / "whole"), weights(self.folder / "whole")
         number = 0
-        while self.tally["kills"] < kills and not self.problems:
+        while (
+            self.tally["kills"] < kills and time.monotonic() - began < seconds and not self.problems
+        ):
             self._one_run(self.folder / f"cut-{number}")
             number += 1
+            sys.stderr.write(f"{self.tally['kills']} kills, {number} runs\n")
         return {
             "seed": self.seed,
             "fault": self.fault,

@@ -21,7 +21,7 @@ from rag2.registry import UserError
 from rag2.reindex import build
 from rag2.reindex import worker as worker_module
 from rag2.reindex.live import LiveIndex
-from rag2.reindex.policy import AsyncRefresh, EagerRefresh
+from rag2.reindex.policy import AdaptiveRefresh, AsyncRefresh, EagerRefresh
 from rag2.reindex.process import Worker, WorkerFailed
 from rag2.reindex.store import Store
 from rag2.reindex.worker import Spec
@@ -357,6 +357,20 @@ def test_eager_swaps_when_the_worker_is_done_and_a_replay_swaps_where_it_did(
 def test_one_refresh_is_under_way_at_a_time():
     with pytest.raises(ValueError, match=r"lag=5 must be below every=5"):
         AsyncRefresh(every=5, lag=5)
+
+
+def test_an_adaptive_refresh_begins_when_the_overlap_is_too_small_and_only_then(
+    store: Store, encoder: DualEncoder, inline: type[Inline]
+):
+    live = LiveIndex(store, AdaptiveRefresh(min_overlap=0.8, lag=2))
+    told = {3: 0.95, 5: 0.8, 7: 0.79, 8: 0.1, 12: 0.5}
+    found = []
+    for step in range(16):
+        moved(encoder)
+        live.refresh(step, told.get(step))
+        if live.poll(step):
+            found.append((step, live.generation.step))
+    assert found == [(9, 8), (14, 13)]  # that of step 8 came while one was under way
 
 
 # --- whole runs -----------------------------------------------------------------------------------

@@ -25,7 +25,8 @@ from rag2.losses.marginal import Marginal
 from rag2.rag import Rag
 from rag2.registry import UserError
 from rag2.reindex.live import LiveIndex
-from rag2.reindex.policy import EagerRefresh, SyncRefresh
+from rag2.reindex.policy import AdaptiveRefresh, EagerRefresh, SyncRefresh
+from rag2.reindex.staleness import Probe, Staleness
 from rag2.reindex.store import Store
 from rag2.retriever.embed import embed_corpus
 from rag2.retriever.encoder import DualEncoder, EncoderConfig
@@ -72,6 +73,7 @@ class JointConfig(pipeline.Inputs):
     tuning: Tuning = Full()
     index: Index = Flat()
     refresh: Refresh = SyncRefresh()
+    staleness: Staleness = Staleness()
     prompt: Prompt = Prompt()
     lr_retriever: float = Field(default=6e-4, ge=0)
     lr_generator: float = Field(default=1e-4, ge=0)
@@ -88,6 +90,8 @@ def main(cfg: JointConfig) -> dict[str, float]:
     cfg = pipeline.resolve(cfg)
     assert cfg.kb and cfg.questions
     device = distributed.start(cfg.device)
+    if isinstance(cfg.refresh, AdaptiveRefresh) and not cfg.staleness.every:
+        raise UserError("refresh.name=adaptive goes by what is measured: set staleness.every")
     if isinstance(cfg.refresh, EagerRefresh) and distributed.world() > 1:
         raise UserError("refresh.name=eager: the clocks of several processes differ; use async")
     checkpoint.seed_everything(cfg.seed)
@@ -102,6 +106,7 @@ def main(cfg: JointConfig) -> dict[str, float]:
     optimizer = optim.adamw(halves, cfg.weight_decay, cfg.betas)
     run = Run(cfg, {"retriever": rag.retriever, "generator": rag.generator}, optimizer)
     first_rank = distributed.rank() == 0
+    probe = Probe(cfg.staleness, [question.question for question in watch.questions])
     store = Store(run.out, chunks, rag.retriever, cfg.index, kb_version, kb_hash, first_rank)
 
     loss, clock = float("nan"), Clock()
@@ -137,6 +142,8 @@ def main(cfg: JointConfig) -> dict[str, float]:
             norm = optim.clip(weights, loss, cfg.max_norm, step)
             lr = optim.set_lr(optimizer, cfg.schedule.factor(step, cfg.steps))
             optimizer.step()
+            if probe.due(step) and "retriever" in cfg.train:
+                line |= probe.measure(rag.retriever, index.generation)
 
             run.log.write(
                 step=step,
@@ -155,7 +162,7 @@ def main(cfg: JointConfig) -> dict[str, float]:
                 **line,
             )
             advance(1, loss=loss)
-            index.refresh(step)
+            index.refresh(step, line.get("overlap"))
             index.poll(step)
             if (step + 1) % cfg.checkpoint_every == 0 or stop.asked():
                 run.checkpoint(step + 1, **index.state())

@@ -54,6 +54,7 @@ TABLES: dict[str, dict[str, str]] = {
         "sync": "rag2.reindex.policy:SyncRefresh",
         "async": "rag2.reindex.policy:AsyncRefresh",
         "eager": "rag2.reindex.policy:EagerRefresh",
+        "adaptive": "rag2.reindex.policy:AdaptiveRefresh",
     },
     "objective": {
         "unsupervised": "rag2.training.objectives:Unsupervised",

@@ -14,7 +14,7 @@ import numpy as np
 from rag2 import artifact
 from rag2.index.generation import Generation
 from rag2.registry import UserError
-from rag2.reindex.policy import AsyncRefresh, Background, EagerRefresh
+from rag2.reindex.policy import AdaptiveRefresh, AsyncRefresh, Background, EagerRefresh
 from rag2.reindex.process import Worker, WorkerFailed
 from rag2.reindex.store import Store
 
@@ -24,8 +24,8 @@ logger = logging.getLogger(__name__)
 class Policy(Protocol):
     """When to re-encode the corpus."""
 
-    def due(self, step: int) -> bool:
-        """Whether a refresh starts after `step`."""
+    def due(self, step: int, overlap: float | None = None) -> bool:
+        """Whether a refresh starts after `step`, where this overlap was measured, if it was."""
         ...
 
 
@@ -83,13 +83,14 @@ class LiveIndex:
             return np.zeros((len(queries_BD), 0), dtype=np.int64)
         return self.generation.index.search(queries_BD, k)[1]
 
-    def refresh(self, step: int) -> None:
+    def refresh(self, step: int, overlap: float | None = None) -> None:
         """Begin the next generation if the policy says that one is due after `step`.
 
+        `overlap` is what staleness was measured to be there, for a policy that goes by it.
         Sync: it is there on return. In the background: the encoder's snapshot is durable on return.
         """
         began = time.monotonic()
-        if self._pending is None and self._policy.due(step):
+        if self._pending is None and self._policy.due(step, overlap):
             number = self.number + 1
             if isinstance(self._policy, Background):
                 fingerprint = self._store.snapshot(number, step + 1)
@@ -148,7 +149,7 @@ class LiveIndex:
 
     def _time_to_swap(self, step: int) -> bool:
         assert self._pending is not None
-        if isinstance(self._policy, AsyncRefresh):
+        if isinstance(self._policy, AsyncRefresh | AdaptiveRefresh):
             if step + 1 < self._pending.step + self._policy.lag:
                 self._look_after()
                 return False

@@ -12,7 +12,7 @@ class NoRefresh(Config):
 
     name: Literal["none"] = "none"
 
-    def due(self, step: int) -> bool:
+    def due(self, step: int, overlap: float | None = None) -> bool:
         """Never."""
         return False
 
@@ -23,7 +23,7 @@ class SyncRefresh(Config):
     name: Literal["sync"] = "sync"
     every: int = Field(default=100, ge=1)
 
-    def due(self, step: int) -> bool:
+    def due(self, step: int, overlap: float | None = None) -> bool:
         """True after every `every`-th step."""
         return (step + 1) % self.every == 0
 
@@ -31,8 +31,6 @@ class SyncRefresh(Config):
 class Background(Config):
     """A worker process re-encodes a snapshot of the encoder while training goes on."""
 
-    every: int = Field(default=100, ge=1)
-    """training steps between two launches"""
     device: str = "cpu"
     """of the worker: cpu, cuda:N"""
     threads: PositiveInt = 1
@@ -48,12 +46,19 @@ class Background(Config):
     retries: int = Field(default=2, ge=0)
     """how often a failed worker is started again before training stops"""
 
-    def due(self, step: int) -> bool:
+
+class Periodic(Background):
+    """A launch after a fixed number of steps."""
+
+    every: int = Field(default=100, ge=1)
+    """training steps between two launches"""
+
+    def due(self, step: int, overlap: float | None = None) -> bool:
         """True after every `every`-th step."""
         return (step + 1) % self.every == 0
 
 
-class AsyncRefresh(Background):
+class AsyncRefresh(Periodic):
     """Re-encode in the background (Guu et al. 2020) and swap exactly `lag` steps after the launch.
 
     Training waits there for a worker that is late, so that which index a step searches depends on
@@ -71,7 +76,7 @@ class AsyncRefresh(Background):
         return self
 
 
-class EagerRefresh(Background):
+class EagerRefresh(Periodic):
     """Re-encode in the background and swap as soon as the worker is done.
 
     The clock decides at which step that is; swaps.jsonl of the run tells it, and a run that goes on
@@ -79,3 +84,21 @@ class EagerRefresh(Background):
     """
 
     name: Literal["eager"] = "eager"
+
+
+class AdaptiveRefresh(Background):
+    """Re-encode in the background when the index has become stale, not after so many steps.
+
+    A launch follows a measurement (see `Staleness`) whose overlap is below `min_overlap`; the swap
+    is `lag` steps later, as with `async`.
+    """
+
+    name: Literal["adaptive"] = "adaptive"
+    min_overlap: float = Field(default=0.9, ge=0, le=1)
+    """share of the best chunks by stored embeddings that are among the best by new ones"""
+    lag: int = Field(default=25, ge=1)
+    """training steps from the snapshot to the swap"""
+
+    def due(self, step: int, overlap: float | None = None) -> bool:
+        """Whether the overlap measured after `step`, if it was, is too small."""
+        return overlap is not None and overlap < self.min_overlap

@@ -269,12 +269,16 @@ def test_a_pretrained_encoder_keeps_its_own_tokenizer(recipe: Load, home: Path, 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "refresh", [{"name": "sync", "every": 3}, {"name": "async", "every": 4, "lag": 3}], ids=str
+)
 def test_two_processes_that_share_a_joint_run_leave_what_one_leaves(
-    recipe: Load, home: Path, tmp_path: Path
+    recipe: Load, home: Path, tmp_path: Path, refresh: dict[str, Any]
 ):
     one, two = tmp_path / "one", tmp_path / "two"
-    start(recipe, "joint", home, one)
-    words = [f"{key}={json.dumps(value)}" for key, value in settings("joint", home).items()]
+    start(recipe, "joint", home, one, refresh=refresh)
+    asked = settings("joint", home) | {"refresh": refresh}
+    words = [f"{key}={json.dumps(value)}" for key, value in asked.items()]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     script = str(config.recipe("train/joint.py"))
     done = subprocess.run([*launch, script, *words, f"out={two}"], capture_output=True, text=True)

@@ -24,6 +24,7 @@ from rag2.kb.store import KnowledgeBase
 from rag2.losses.marginal import Marginal
 from rag2.rag import Rag
 from rag2.registry import UserError
+from rag2.reindex.collapse import Guard, Watchdog
 from rag2.reindex.live import LiveIndex
 from rag2.reindex.policy import AdaptiveRefresh, EagerRefresh, SyncRefresh
 from rag2.reindex.staleness import Probe, Staleness
@@ -74,6 +75,7 @@ class JointConfig(pipeline.Inputs):
     index: Index = Flat()
     refresh: Refresh = SyncRefresh()
     staleness: Staleness = Staleness()
+    guard: Guard = Guard()
     prompt: Prompt = Prompt()
     lr_retriever: float = Field(default=6e-4, ge=0)
     lr_generator: float = Field(default=1e-4, ge=0)
@@ -106,14 +108,16 @@ def main(cfg: JointConfig) -> dict[str, float]:
     optimizer = optim.adamw(halves, cfg.weight_decay, cfg.betas)
     run = Run(cfg, {"retriever": rag.retriever, "generator": rag.generator}, optimizer)
     first_rank = distributed.rank() == 0
-    probe = Probe(cfg.staleness, [question.question for question in watch.questions])
+    asked_beside = [question.question for question in watch.questions]
+    probe = Probe(cfg.staleness, asked_beside)
+    watchdog = Watchdog(cfg.guard, rag.retriever, asked_beside, run.extra.get("first_health"))
     store = Store(run.out, chunks, rag.retriever, cfg.index, kb_version, kb_hash, first_rank)
 
     loss, clock = float("nan"), Clock()
     with (
         Stop() as stop,
         progress("joint", cfg.steps, run.start) as advance,
-        LiveIndex(store, cfg.refresh, run.extra, distributed.barrier) as index,
+        LiveIndex(store, cfg.refresh, run.extra, distributed.barrier, watchdog.check) as index,
     ):
         for step in range(run.start, cfg.steps):
             rows_B = batches.sample(len(questions), cfg.batch_size, cfg.seed, step)
@@ -125,6 +129,7 @@ def main(cfg: JointConfig) -> dict[str, float]:
             line = {}
             if age_steps == 0 and watch.questions:  # as good as the index will be for some time
                 line["recall"] = watch.recall_at_5(rag.retriever, index.search)
+                line |= watchdog.figures()
 
             # A stale index, words and chance propose; the loss scores with today's weights.
             queries_BD = embed_corpus(rag.retriever, asked, side="question")
@@ -165,7 +170,7 @@ def main(cfg: JointConfig) -> dict[str, float]:
             index.refresh(step, line.get("overlap"))
             index.poll(step)
             if (step + 1) % cfg.checkpoint_every == 0 or stop.asked():
-                run.checkpoint(step + 1, **index.state())
+                run.checkpoint(step + 1, **index.state(), **watchdog.state())
                 index.prune(checkpoint.retained(run.out))
                 stop.obey(run, step + 1)
     finish(cfg, run, rag, halves)

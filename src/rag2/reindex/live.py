@@ -47,13 +47,16 @@ class LiveIndex:
         policy: Policy,
         state: Mapping[str, Any] | None = None,
         barrier: Callable[[], None] = lambda: None,
+        check: Callable[[Generation], None] = lambda generation: None,
     ) -> None:
         """At the first generation, or where `state` of a checkpoint says.
 
         A refresh that was under way there is taken up again, from its snapshot. `barrier` waits for
-        the other processes of a training group; only that whose store keeps starts workers.
+        the other processes of a training group; only that whose store keeps starts workers. `check`
+        sees every generation before it is searched, and may raise.
         """
-        self._store, self._policy, self._barrier = store, policy, barrier
+        self._store, self._policy = store, policy
+        self._barrier, self._check = barrier, check
         self._pending: Pending | None = None
         self._made: Generation | None = None
         self._worker: Worker | None = None
@@ -61,6 +64,7 @@ class LiveIndex:
         self._journal = _Journal(store.generations.parent / "swaps.jsonl", store.keep, bool(state))
         self.number = state["generation"] if state else 0
         self.generation = store.load(self.number) if state else store.build(0, 0)
+        self._check(self.generation)
         if state and state.get("pending"):
             self._pending = Pending(**state["pending"])
         if state:
@@ -111,7 +115,9 @@ class LiveIndex:
             return False
         began = time.monotonic()
         if swap := self._time_to_swap(step):
-            self.generation = self._made or self._collect()
+            made = self._made or self._collect()
+            self._check(made)
+            self.generation = made
             self.number = self._pending.number
             self._store.publish(self.number)
             self._pending = self._made = self._worker = None

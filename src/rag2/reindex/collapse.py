@@ -1,0 +1,122 @@
+"""Whether an encoder still tells texts apart: what a collapse looks like, and what follows.
+
+Letters: P sampled chunks, Q probe questions, K found chunks, D embedding.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import Field
+
+from rag2.config import Config
+from rag2.index.generation import Generation
+from rag2.registry import UserError
+from rag2.retriever.embed import embed_corpus
+from rag2.retriever.encoder import DualEncoder
+
+logger = logging.getLogger(__name__)
+SAMPLE = 1024  # chunks whose embeddings are looked at
+ASKED = 256  # validation questions that are searched with
+FOUND = 5  # chunks found for each
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    """Figures of a generation: how spread its embeddings are, and how varied what it finds."""
+
+    effective_rank: float
+    """exp of the entropy of the singular values' shares (Roy and Vetterli 2007), 1 to D"""
+    mean_cosine: float
+    """between two chunks, -1 to 1; 1 where all embeddings point one way"""
+    top1_share: float
+    """share of the questions whose first chunk is the most frequent first chunk"""
+    unique_rate: float
+    """distinct chunks among all that are found, as a share of what there could be"""
+
+    @classmethod
+    def of(cls, vectors_PD: np.ndarray, found_QK: np.ndarray) -> "Health":
+        """Of some embeddings, and of the chunk ids found for some questions."""
+        unit_PD = vectors_PD / np.linalg.norm(vectors_PD, axis=1, keepdims=True)
+        total = len(unit_PD)
+        pairs = max(1, total * (total - 1))
+        cosine = (np.square(unit_PD.sum(0, dtype=np.float64)).sum() - total) / pairs
+        shares = np.linalg.svd(unit_PD.astype(np.float64), compute_uv=False)
+        shares = shares[shares > 0] / shares.sum()
+        _, counts = np.unique(found_QK[:, 0], return_counts=True)
+        distinct = len(np.unique(found_QK))
+        return cls(
+            effective_rank=float(np.exp(-(shares * np.log(shares)).sum())),
+            mean_cosine=float(cosine),
+            top1_share=float(counts.max() / len(found_QK)),
+            unique_rate=distinct / found_QK.size,
+        )
+
+
+class Guard(Config):
+    """What counts as a collapse, measured against the generation that training began with."""
+
+    action: Literal["warn", "stop"] = "warn"
+    """stop: the generation is not swapped in, and training ends with one line"""
+    min_rank: float = Field(default=0.3, ge=0, le=1)
+    """effective rank as a share of the first generation's"""
+    max_cosine: float = Field(default=0.6, ge=0, le=1)
+    """how much of the room between the first generation's mean cosine and 1 may be used up"""
+    max_hub: float = Field(default=0.5, gt=0, le=1)
+    """share of the questions that may find one and the same chunk first, or twice the share of the
+    first generation"""
+
+    def complaints(self, first: Health, now: Health) -> list[str]:
+        """What is wrong, in words; empty for a healthy generation."""
+        found = []
+        if now.effective_rank < self.min_rank * first.effective_rank:
+            ranks = f"{now.effective_rank:.1f}, at first {first.effective_rank:.1f}"
+            found.append(f"effective rank {ranks}")
+        if now.mean_cosine > first.mean_cosine + self.max_cosine * (1 - first.mean_cosine):
+            found.append(f"mean cosine {now.mean_cosine:.2f}, at first {first.mean_cosine:.2f}")
+        if now.top1_share > max(self.max_hub, 2 * first.top1_share):
+            found.append(f"{now.top1_share:.0%} of the questions find one chunk first")
+        return found
+
+
+class Watchdog:
+    """Looks at every generation before training searches it, and remembers the first one."""
+
+    def __init__(
+        self,
+        guard: Guard,
+        encoder: DualEncoder,
+        questions: Sequence[str],
+        first: Mapping[str, float] | None = None,
+    ) -> None:
+        """`first` is the first generation's health as a checkpoint has it; None: yet to be seen."""
+        self.guard, self.encoder, self.questions = guard, encoder, list(questions[:ASKED])
+        self.first = Health(**first) if first else None
+        self.latest = self.first
+
+    def check(self, generation: Generation) -> None:
+        """Warn of a generation that has collapsed, or raise UserError, as the guard says."""
+        if not self.questions:
+            return
+        rows_P = np.unique(np.linspace(0, len(generation) - 1, SAMPLE).astype(np.int64))
+        queries_QD = embed_corpus(self.encoder, self.questions, side="question")
+        _, found_QK = generation.index.search(queries_QD, min(FOUND, len(generation)))
+        self.latest = Health.of(generation.index.vectors(rows_P), found_QK)
+        self.first = self.first or self.latest
+        if wrong := self.guard.complaints(self.first, self.latest):
+            what = (
+                f"the retriever is collapsing (index of step {generation.step}): {'; '.join(wrong)}"
+            )
+            if self.guard.action == "stop":
+                raise UserError(f"{what}. Lower lr_retriever, or add candidates by bm25 or random")
+            logger.warning("%s", what)
+
+    def figures(self) -> dict[str, float]:
+        """The health of the generation that was looked at last, for the log."""
+        return asdict(self.latest) if self.latest else {}
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint must hold."""
+        return {"first_health": asdict(self.first) if self.first else None}

@@ -1,0 +1,113 @@
+"""Collapses of a retriever are noticed, healthy ones are left in peace."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rag2.index.flat import Flat
+from rag2.registry import UserError
+from rag2.reindex.collapse import Guard, Health, Watchdog
+from rag2.reindex.live import LiveIndex
+from rag2.reindex.policy import SyncRefresh
+from rag2.reindex.store import Store
+from rag2.retriever.encoder import DualEncoder
+from rag2.types import Chunk
+from small_world import roughen
+
+CHUNKS, QUESTIONS, WIDTH = 600, 120, 48
+
+
+def unit(rows: np.ndarray) -> np.ndarray:
+    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+
+
+def world(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Chunks around themes, as a corpus is, and questions near one chunk each."""
+    themes = rng.normal(size=(30, WIDTH))
+    chunks = unit(themes[rng.integers(30, size=CHUNKS)] + 0.8 * rng.normal(size=(CHUNKS, WIDTH)))
+    near = chunks[rng.integers(CHUNKS, size=QUESTIONS)]
+    return chunks, unit(near + 0.1 * rng.normal(size=near.shape))
+
+
+def health(chunks: np.ndarray, questions: np.ndarray) -> Health:
+    return Health.of(chunks, np.argsort(-(questions @ chunks.T), axis=1)[:, :5])
+
+
+def cone(rng: np.random.Generator, chunks: np.ndarray, questions: np.ndarray) -> list[np.ndarray]:
+    """Everything points nearly one way."""
+    axis = 3 * unit(rng.normal(size=(1, WIDTH)))
+    return [unit(chunks + axis), unit(questions + axis)]
+
+
+def flat(rng: np.random.Generator, chunks: np.ndarray, questions: np.ndarray) -> list[np.ndarray]:
+    """Everything lies in three dimensions."""
+    plane = rng.normal(size=(WIDTH, 3)) @ rng.normal(size=(3, WIDTH))
+    return [unit(chunks @ plane), unit(questions @ plane)]
+
+
+def hub(rng: np.random.Generator, chunks: np.ndarray, questions: np.ndarray) -> list[np.ndarray]:
+    """One chunk lies in the middle of most questions."""
+    middle = unit(rng.normal(size=(1, WIDTH)))
+    changed = chunks.copy()
+    changed[rng.integers(CHUNKS)] = middle
+    pulled = rng.random(QUESTIONS) < 0.7
+    return [changed, unit(questions + 4 * middle * pulled[:, None])]
+
+
+@pytest.mark.parametrize("collapse", [cone, flat, hub])
+def test_every_planted_collapse_is_noticed(collapse, rng: np.random.Generator):
+    for _ in range(30):
+        chunks, questions = world(rng)
+        first = health(chunks, questions)
+        now = health(*collapse(rng, chunks, questions))
+        assert Guard().complaints(first, now), (first, now)
+
+
+def test_a_healthy_retriever_is_left_in_peace(rng: np.random.Generator):
+    for _ in range(30):
+        chunks, questions = world(rng)
+        first = health(chunks, questions)
+        # As training moves it: noise, a turn of the whole space, questions nearer to their chunks.
+        turn, _ = np.linalg.qr(rng.normal(size=(WIDTH, WIDTH)))
+        noise = 0.3 * rng.normal(size=chunks.shape) / np.sqrt(WIDTH)
+        now = health(unit((chunks + noise) @ turn), unit(questions @ turn))
+        assert not Guard().complaints(first, now), (first, now)
+
+
+def test_the_figures_are_those_of_their_definitions():
+    axes = np.eye(4, dtype=np.float32)
+    found = np.array([[0, 1], [0, 2], [3, 0]])
+    spread = Health.of(axes, found)
+    assert spread.effective_rank == pytest.approx(4) and spread.mean_cosine == pytest.approx(0)
+    assert spread.top1_share == pytest.approx(2 / 3) and spread.unique_rate == pytest.approx(4 / 6)
+    same = Health.of(np.tile(axes[:1], (4, 1)), found)
+    assert same.effective_rank == pytest.approx(1) and same.mean_cosine == pytest.approx(1)
+
+
+def test_a_collapsed_generation_warns_or_is_not_swapped_in(
+    home: Path, tmp_path: Path, chunks: list[Chunk], caplog: pytest.LogCaptureFixture
+):
+    asked = [" ".join(chunk.text.split()[:8]) for chunk in chunks[:40]]
+    for action in ("warn", "stop"):
+        encoder = DualEncoder.load(home / "retriever")
+        roughen(encoder.towers, 0.1)  # fresh weights hold all texts for alike
+        store = Store(tmp_path / action, chunks, encoder, Flat(device="cpu"), 1, "h")
+        watchdog = Watchdog(Guard(action=action), encoder, asked)
+        live = LiveIndex(store, SyncRefresh(every=1), check=watchdog.check)
+        first = live.generation
+        assert "collapsing" not in caplog.text
+        for name, weight in encoder.towers.named_parameters():
+            if "word_embeddings" in name:
+                weight.data.mul_(1e-4)  # all words are one
+        live.refresh(0)
+        if action == "warn":
+            assert live.poll(0) and "the retriever is collapsing (index of step 1)" in caplog.text
+            assert watchdog.figures()["mean_cosine"] > 0.9
+            caplog.clear()
+        else:
+            with pytest.raises(UserError, match="collapsing .* Lower lr_retriever"):
+                live.poll(0)
+            assert live.generation is first
+    again = Watchdog(Guard(), encoder, asked, watchdog.state()["first_health"])
+    assert again.first == watchdog.first

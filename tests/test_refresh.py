@@ -231,6 +231,7 @@ def test_an_async_swap_is_a_matter_of_steps_and_never_of_the_clock(
     assert swaps(live, encoder, range(20)) == [(8, 1), (13, 2), (18, 3)]
     assert live.generation.step == 15 and live.state() == {
         "generation": 3,
+        "swapped": 18,
         "pending": {"number": 4, "step": 20, "fingerprint": encoder.fingerprint()},
     }
 

@@ -127,7 +127,7 @@ def main(cfg: JointConfig) -> dict[str, float]:
 
             age_steps, age_seconds = index.age(step)
             line = {}
-            if age_steps == 0 and watch.questions:  # as good as the index will be for some time
+            if index.fresh(step) and watch.questions:  # as good as it will be for some time
                 line["recall"] = watch.recall_at_5(rag.retriever, index.search)
                 line |= watchdog.figures()
 

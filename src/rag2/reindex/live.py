@@ -63,6 +63,7 @@ class LiveIndex:
         self._failures = 0
         self._journal = _Journal(store.generations.parent / "swaps.jsonl", store.keep, bool(state))
         self.number = state["generation"] if state else 0
+        self._swapped = state["swapped"] if state else -1
         self.generation = store.load(self.number) if state else store.build(0, 0)
         self._check(self.generation)
         if state and state.get("pending"):
@@ -118,7 +119,7 @@ class LiveIndex:
             made = self._made or self._collect()
             self._check(made)
             self.generation = made
-            self.number = self._pending.number
+            self.number, self._swapped = self._pending.number, step
             self._store.publish(self.number)
             self._pending = self._made = self._worker = None
             self._failures = 0
@@ -129,6 +130,10 @@ class LiveIndex:
     def age(self, step: int) -> tuple[int, float]:
         """Optimizer steps since the generation's weights were taken, and seconds since its swap."""
         return step - self.generation.step, time.monotonic() - self._published
+
+    def fresh(self, step: int) -> bool:
+        """Whether `step` is the first to search this generation."""
+        return step == self._swapped + 1
 
     def stalled(self) -> float:
         """Seconds that training has waited for the index since this was last asked."""
@@ -143,7 +148,7 @@ class LiveIndex:
     def state(self) -> dict[str, Any]:
         """What a checkpoint must hold for `LiveIndex` to go on from here."""
         pending = asdict(self._pending) if self._pending else None
-        return {"generation": self.number, "pending": pending}
+        return {"generation": self.number, "swapped": self._swapped, "pending": pending}
 
     def prune(self, states: list[dict[str, Any]]) -> None:
         """Remove the generations and snapshots that neither these states nor this one need."""

@@ -143,7 +143,8 @@ def test_each_context_is_encoded_once_for_all_its_choices(tmp_path, tokenizer):
     model.register_forward_pre_hook(
         lambda _, args, kwargs: seen.append(kwargs["input_ids"].shape), with_kwargs=True
     )
-    choice_logprobs(model, [Request(ids(30, 30), [ids(2, 2) for _ in range(4)])])
+    choices = [[token, *ids(1, 1)] for token in (4, 5, 6, 7)]  # equal beginnings are read once
+    choice_logprobs(model, [Request(ids(30, 30), choices)])
     assert seen == [(1, 30), (1, 4)]
     seen.clear()
     choice_logprobs(model, [Request([4, *ids(29, 29)], [[7], [8]]), Request([5] * 20, [[9]])])

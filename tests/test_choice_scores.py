@@ -12,6 +12,7 @@ from rag2.generator.choices import score_choices
 from rag2.generator.logprob import (
     Request,
     answer_logprob_rows,
+    choice_answers,
     choice_logprobs,
     pair_logprobs,
 )
@@ -142,7 +143,8 @@ def test_each_context_is_encoded_once_for_all_its_choices(tmp_path, tokenizer):
     model.register_forward_pre_hook(
         lambda _, args, kwargs: seen.append(kwargs["input_ids"].shape), with_kwargs=True
     )
-    choice_logprobs(model, [Request(ids(30, 30), [ids(2, 2) for _ in range(4)])])
+    choices = [[token, *ids(1, 1)] for token in (4, 5, 6, 7)]  # equal beginnings are read once
+    choice_logprobs(model, [Request(ids(30, 30), choices)])
     assert seen == [(1, 30), (1, 4)]
     seen.clear()
     choice_logprobs(model, [Request([4, *ids(29, 29)], [[7], [8]]), Request([5] * 20, [[9]])])
@@ -165,6 +167,31 @@ def test_choices_that_change_the_context_ids_are_scored_on_their_own_context(tmp
             sum(by_hand(model, encode_pair(tokenizer, context, choice))) for choice in continuations
         ]
         assert got == pytest.approx(expected, abs=2e-5)
+
+
+def test_all_continuations_of_one_token_share_the_probability_also_in_bfloat16(tmp_path, tokenizer):
+    model = build("llama", tmp_path, tokenizer).to(torch.bfloat16)
+    every = [[token] for token in range(300)]
+    requests = [Request(ids(5, 30), every) for _ in range(3)]
+    flat = pair_logprobs(model, pairs_of(requests[:1]), batch_tokens=10_000)
+    for logp in (*choice_logprobs(model, requests), flat):
+        assert sum(map(math.exp, logp)) == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", "sliding_mistral"])
+def test_a_continuation_is_greedy_only_if_every_token_of_it_is_the_most_likely(
+    name, tmp_path, tokenizer
+):
+    model = build(name, tmp_path, tokenizer)
+    for context in (ids(1, 20) for _ in range(5)):
+        greedy: list[int] = []
+        for _ in range(3):
+            greedy.append(int(model(torch.tensor([[*context, *greedy]])).logits[0, -1].argmax()))
+        other = [(token + 1) % 300 for token in greedy]
+        mixed = [[*greedy[:t], other[t], *greedy[t + 1 :]] for t in range(3)]
+        continuations = [greedy, *mixed, greedy[:1], other[:1], other]
+        (answers,) = choice_answers(model, [Request(context, continuations)])
+        assert [flag for _, flag in answers] == [True, False, False, False, True, False, False]
 
 
 def test_scoring_ignores_dropout_and_gives_every_module_its_mode_back(tmp_path, tokenizer):

@@ -82,6 +82,8 @@ def test_the_arms_whose_parts_are_given_run_and_no_others(results: dict[str, Any
     assert results["task"] == "questions (letters, 1 shots)" and results["n"] == 24
     assert results["arms"]["ft"]["train_seconds"] is None  # nobody knows what it took
     assert "majority" in results["pairwise"]["arms"]
+    # Nobody knows either what arms were trained on that were brought along.
+    assert len(results["paired"]) == 4 and {row["equal"] for row in results["paired"]} == {None}
 
 
 def test_every_k_and_reading_is_listed_and_the_best_on_validation_is_the_arm(
@@ -264,6 +266,53 @@ def test_a_place_that_cannot_be_written_to_is_found_before_the_work(
     monkeypatch.setattr(arms, "evaluate", lambda *_: pytest.fail("it was scored"))
     with pytest.raises(UserError, match=r"out='/proc/foo' cannot be written to"):
         compare(Path("/proc/foo"), "arms=[base]")
+
+
+def asking(path: Path, own: Path) -> list[Question]:
+    """Write the own questions, first those of test, whose answer is the first choice; it is the
+    second one for the others."""
+    questions = load_questions(own / "questions.jsonl")
+    made = []
+    for question in sorted(questions, key=lambda question: question.split != "test"):
+        first, second = question.gold, next(c for c in question.choices if c != question.gold)
+        choices = (first, second) if question.split == "test" else (second, first)
+        answer = choices.index(question.gold)
+        made.append(replace(question, choices=choices, answer=answer, metadata={}))
+    path.write_text("".join(json.dumps(to_row(question)) + "\n" for question in made))
+    return made
+
+
+def prompts(out: Path) -> list[str]:
+    """What each question was asked with, without passages."""
+    lines = (out / "samples_base.jsonl").read_text().splitlines()
+    return [json.loads(line)["arguments"]["gen_args_0"]["arg_0"] for line in lines]
+
+
+def test_the_constant_answer_and_the_worked_examples_come_from_training_questions(
+    compare: Compare, own: Path, tmp_path: Path
+):
+    asked = asking(tmp_path / "q.jsonl", own)
+    out = tmp_path / "out"
+    given = [f"questions={tmp_path / 'q.jsonl'}", "arms=[base,majority]", "limit=5"]
+    found = compare(out, *given, "shots.count=2")
+    assert found["arms"]["majority"]["accuracy"] == 0, "the most frequent answer of test itself"
+    header = Prompt().header("", split(asked, "train")[:2])
+    assert [text.startswith(header) for text in prompts(out)] == [True] * 5
+
+
+def test_the_questions_of_test_are_asked_unless_another_split_is_named(
+    recipe: Callable[[str], ModuleType], own: Path, tmp_path: Path
+):
+    asked, module = asking(tmp_path / "q.jsonl", own), recipe("eval/mc.py")
+    given = [f"generator={own / 'base'}", f"questions={tmp_path / 'q.jsonl'}", "shots=2"]
+    for name, change in (("test", []), ("validation", ["split=validation"])):
+        out = tmp_path / name
+        module.main(config.load(module.McConfig, None, [*given, *change, f"out={out}"]))
+        header = Prompt().header("", split(asked, "train")[:2])  # whatever else the file holds
+        assert prompts(out) == [
+            f"{header}Question: {question.question.strip()}\nAnswer:"
+            for question in split(asked, name)
+        ]
 
 
 def test_without_validation_questions_only_arms_without_a_choice_run(

@@ -18,7 +18,7 @@ from rag2 import artifact, config, stages
 from rag2.evaluation import stats
 from rag2.evaluation.arms import ARMS
 from rag2.evaluation.questions import load_questions
-from rag2.evaluation.results import strip_times
+from rag2.evaluation.results import EQUAL, strip_times
 from rag2.generator.load import Generator
 from rag2.registry import UserError
 
@@ -114,7 +114,7 @@ def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
 
 def test_a_comparison_holds_every_arm_with_the_documented_keys(results: dict[str, Any]):
     top = "format task n seed interval arms paired k_selection environment"
-    assert set(results) == {*top.split(), "pairwise", "grid_2x2"}
+    assert set(results) == {*top.split(), "pairwise", "grid_2x2", "left_out"}
     assert (results["format"], results["task"], results["interval"]) == (
         "rag2.results/1",
         "almanac",
@@ -138,6 +138,8 @@ def test_a_comparison_holds_every_arm_with_the_documented_keys(results: dict[str
             assert (arm["recall_at_1"] is None) == (ARMS[name].retriever is None)
     for test in results["paired"]:
         assert {"a", "b", "difference", "ci95", "mcnemar_p"} <= set(test)
+    alike = {(test["a"], test["b"]): test["equal"] for test in results["paired"] if test["equal"]}
+    assert alike == EQUAL, "the world made every part"
     joint = {test["b"] for test in results["paired"] if test["a"] == "joint"}
     assert {"base", "ft", "sft", *RAG_ARMS} <= joint
     selection = results["k_selection"]
@@ -180,6 +182,15 @@ def test_the_report_and_the_stages_are_written(job: Job, results: dict[str, Any]
     trained = {name: arm["trained_parameters"] for name, arm in results["arms"].items()}
     assert trained["base"] == trained["bm25_rag"] == trained["majority"] == 0
     assert trained["joint"] == trained["ft"] + trained["frozen_rag"] == trained["ft_rag"] > 0
+
+
+def test_arms_are_not_called_alike_where_a_part_was_brought_along(
+    job: Job, results: dict[str, Any], tmp_path: Path
+):
+    home = job.folder / "home"
+    words = ["arms=[frozen_rag,ft]", "ks=[1]", f"generators.ft={home}/ft/final/generator"]
+    (test,) = job(tmp_path / "out", home, *words)["paired"]
+    assert (test["a"], test["b"], test["equal"]) == ("frozen_rag", "ft", None)
 
 
 # --- again ----------------------------------------------------------------------------------------

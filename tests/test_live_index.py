@@ -134,3 +134,11 @@ def test_random_chunks_are_different_and_the_same_for_the_same_seed(chunks: list
     assert not np.array_equal(
         ids_QK, Random(source.chunk_ids.tolist(), seed + 1).search(questions, 8)[1]
     )
+
+
+def test_every_question_gets_random_chunks_of_its_own_and_any_chunk_may_be_among_them(seed: int):
+    source = Random(range(20), seed)
+    _, ids_QK = source.search([Question(f"q{i}", "?") for i in range(200)], 3)
+    counts = np.bincount(ids_QK.flatten(), minlength=20)
+    assert len(set(map(tuple, ids_QK.tolist()))) > 150  # of 6,840 draws that there are
+    assert counts.min() > 0 and counts.max() < 90, "each chunk is expected 30 times"

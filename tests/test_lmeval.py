@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from scipy.special import log_softmax, logsumexp
 
 from rag2.generator.choices import score_choices
@@ -16,7 +17,9 @@ from rag2.generator.prompt import GAP, Prompt
 from rag2.kb.lexical import BM25
 from rag2.kb.store import KnowledgeBase
 from rag2.registry import UserError
+from rag2.retrieval import Lexical
 from rag2.types import Chunk
+from small_world import roughen
 
 if not os.environ.get("CI"):  # continuous integration must not pass without having compared
     pytest.importorskip("lm_eval")
@@ -222,3 +225,115 @@ def test_documents_without_the_query_field_are_refused_with_the_fields_there_are
         UserError, match="'questions'.*question, choices; .*Did you mean 'question'"
     ):
         model.loglikelihood([instance("loglikelihood", doc, "Where?", " there")])
+
+
+# --- passages that have no room ------------------------------------------------------------------
+
+QUERY, ENDINGS = "Where lives Ola?", [" here", " by the old mill"]
+# BM25 prefers the shorter ones: 1 is the best, 3 the worst.
+LIVES = [Chunk(n, f"d{n}", f"Ola lives{' near' * n**3}") for n in (3, 1, 2)]
+
+
+def small_rag(home: Path, **settings: Any) -> Any:
+    """A model over three chunks of different length, sharp enough that every token tells."""
+    from rag2.lmeval import Rag
+
+    model = Rag(generator=str(home / "generator"), k=3, temperature=TEMPERATURE, **settings)
+    roughen(model.generator.model, 0.1)
+    model.chunks, model.retriever = {chunk.id: chunk for chunk in LIVES}, Lexical(BM25(LIVES))
+    return model
+
+
+def told(tmp_path: Path) -> dict[str, Any]:
+    """The one line of the sidecar."""
+    (line,) = (tmp_path / "told.jsonl").read_text().splitlines()
+    return json.loads(line)
+
+
+def filled(model: Any, numbers: list[int]) -> str:
+    """A context as long as leaves no room for just these chunks, but for any shorter prompt."""
+    from rag2.lmeval import inserted
+
+    passages, filler = [model.chunks[n].passage for n in numbers], ""
+    tokenizer = model.generator.tokenizer
+    room = model.max_length - max(len(tokenizer.encode(ending)) for ending in ENDINGS)
+    while True:
+        context = f"Answer.{filler}{GAP}Question: {QUERY}\nAnswer:"
+        if len(tokenizer.encode(inserted(passages, context, QUERY))) > room:
+            return context
+        filler += " x"
+
+
+@pytest.mark.parametrize(
+    ("reading", "without_room", "reads"),
+    [
+        ("marginal", None, [[1], [2], [3]]),
+        ("marginal", [3], [[1], [2], []]),
+        ("concat", None, [[1, 2, 3]]),
+        ("concat", [1, 2, 3], [[1, 2]]),
+        ("concat", [1, 2], [[1]]),
+    ],
+)
+def test_what_has_no_room_is_left_out_worst_first_and_told(
+    home, tmp_path, seed, reading, without_room, reads
+):
+    from rag2.lmeval import inserted
+
+    model = small_rag(home, reading=reading, sidecar=str(tmp_path / "told.jsonl"))
+    context = filled(model, without_room) if without_room else f"Question: {QUERY}\nAnswer:"
+    requests = [
+        instance("loglikelihood", {"question": QUERY}, context, ending) for ending in ENDINGS
+    ]
+    got = [logp for logp, _ in model.loglikelihood(requests)]
+    row = told(tmp_path)
+    assert row["chunks"] == [1, 2, 3]
+    assert row["dropped"] == 3 - sum(map(len, reads))
+    contexts = [
+        inserted([model.chunks[n].passage for n in read], context, QUERY) if read else context
+        for read in reads
+    ]
+    parts = model.generator.model, model.generator.tokenizer
+    logp_KC = np.array(score_choices(*parts, contexts, [ENDINGS] * len(contexts)))
+    prior_K = log_softmax(np.array(row["scores"]) / TEMPERATURE)
+    expected = logp_KC[0] if reading == "concat" else logsumexp(prior_K[:, None] + logp_KC, 0)
+    assert got == pytest.approx(expected, abs=1e-4)
+
+
+def first_read(model: Any, context: str) -> list[int]:
+    """The tokens that the generator reads before it writes the first of its own."""
+    seen: list[list[int]] = []
+    handle = model.generator.model.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(kwargs["input_ids"][0].tolist()), with_kwargs=True
+    )
+    ask = {"until": [], "max_gen_toks": 2}
+    model.generate_until([instance("generate_until", {"question": QUERY}, context, ask)])
+    handle.remove()
+    return seen[0]
+
+
+def test_generation_reads_all_passages_in_one_prompt_the_best_one_last(home, tmp_path):
+    model = small_rag(home, sidecar=str(tmp_path / "told.jsonl"))
+    passages = [model.chunks[n].passage for n in (3, 2, 1)]
+    whole = GAP.join([*passages, f"Question: {QUERY}"])
+    assert first_read(model, f"Question: {QUERY}") == model.generator.tokenizer.encode(whole)
+    assert (told(tmp_path)["chunks"], told(tmp_path)["dropped"]) == ([1, 2, 3], 0)
+
+
+def test_a_context_that_spells_the_beginning_of_text_begins_once(home):
+    from rag2.lmeval import Rag
+
+    model = Rag(generator=str(home / "generator"))
+    tokenizer = model.generator.tokenizer
+    ids = tokenizer.encode("The town")
+    assert ids.count(tokenizer.bos_token_id) == 1
+    for context in ("The town", f"{tokenizer.bos_token}The town"):
+        assert first_read(model, context) == ids
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to take")
+def test_a_gpu_that_is_not_there_is_replaced_by_the_cpu_with_a_warning(home, caplog):
+    from rag2.lmeval import Rag
+
+    model = Rag(generator=str(home / "generator"), device="cuda:0")
+    assert model.generator.device.type == "cpu"
+    assert "device=cuda:0: there is no GPU, taking the CPU" in caplog.text

@@ -1,9 +1,14 @@
 """Scores, questions and arms made up for the tests of evaluation."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 
+from rag2.evaluation.arms import Item, Reader
 from rag2.evaluation.outcome import ArmResult
 from rag2.evaluation.score import Scores
+from rag2.generator.prompt import Prompt
 from rag2.types import Question
 
 ENVIRONMENT = {"rag2": "0.1.0", "torch": "2.13.0", "device": "cpu", "threads": 1}
@@ -44,3 +49,25 @@ def make_arm(name: str, correct: np.ndarray, **facts) -> ArmResult:
 
 def exactly(right: int, n: int) -> np.ndarray:
     return np.arange(n) < right
+
+
+class Drawn(Reader):
+    """A reader without a generator: what is not `known` beforehand, and every cost, is drawn."""
+
+    def __init__(self, rng: np.random.Generator) -> None:
+        nothing: Any = None
+        super().__init__(nothing, Prompt(), {})
+        self.rng = rng
+
+    def read(self, items: Sequence[Item]) -> None:
+        for question, ids in items:
+            key = question.id, ids
+            if key in self.tokens:
+                continue
+            self.known.setdefault(key, (-self.rng.exponential(5.0, len(question.choices))).tolist())
+            self.tokens[key] = int(self.rng.integers(1, 1000))
+            self.seconds[key] = float(self.rng.random())
+            self.dropped[key] = int(self.rng.integers(0, len(ids) + 1))
+
+    def contexts(self, questions: Sequence[Question]) -> list[str]:
+        return [question.question for question in questions]

@@ -158,6 +158,7 @@ def test_passages_stand_before_the_question_or_in_front_of_everything():
         f"{shots}next\n\nbest\n\nQuestion: Where?\nAnswer:"
     )
     assert inserted(["p"], "Question: Where?", "Where?") == f"p{GAP}Question: Where?"
+    assert inserted(["p"], "<s>Where?", "Where?", "<s>") == f"<s>p{GAP}Where?"
     assert inserted(["p"], "a\n\nanother text", "Where?") == f"p{GAP}a\n\nanother text"
 
 

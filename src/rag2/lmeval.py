@@ -262,7 +262,7 @@ class Rag(LM):
             return [prompt], dropped
         prompts = []
         for chunk in self.found[query].chunks:
-            prompt = inserted([chunk.passage], context, query)
+            prompt = self._with([chunk], context, query)
             prompts.append(prompt if self._fits(prompt, room) else context)
         return prompts, prompts.count(context)
 
@@ -270,10 +270,14 @@ class Rag(LM):
         """As many passages as fit, best last; whole ones are dropped, worst first."""
         chunks = self.found[query].chunks if query else []
         for kept in range(len(chunks), 0, -1):
-            prompt = inserted([chunk.passage for chunk in chunks[:kept]], context, query)
+            prompt = self._with(chunks[:kept], context, query)
             if self._fits(prompt, room):
                 return prompt, len(chunks) - kept
         return context, len(chunks)
+
+    def _with(self, chunks: Sequence[Chunk], context: str, query: str) -> str:
+        passages = [chunk.passage for chunk in chunks]
+        return inserted(passages, context, query, self.generator.tokenizer.bos_token)
 
     def _fits(self, prompt: str, room: int) -> bool:
         return len(self.generator.tokenizer.encode(prompt)) <= room
@@ -316,10 +320,15 @@ class Rag(LM):
 register_model("rag2")(Rag)
 
 
-def inserted(passages: Sequence[str], context: str, query: str) -> str:
-    """The context with the passages, the best one last, before its question."""
+def inserted(passages: Sequence[str], context: str, query: str, begin: str | None = None) -> str:
+    """The context with the passages, the best one last, before its question.
+
+    `begin` is the beginning of text, which stays in front where the context spells it out.
+    """
     at = context.rfind(query.strip())
-    start = context.rfind(GAP, 0, at) + len(GAP) if at >= 0 and GAP in context[:at] else 0
+    start = len(begin) if begin and context.startswith(begin) else 0
+    if at >= 0 and GAP in context[:at]:
+        start = context.rfind(GAP, 0, at) + len(GAP)
     return context[:start] + GAP.join([*reversed(passages), context[start:]])
 
 

@@ -17,8 +17,9 @@ import torch
 from rag2 import artifact, config, stages
 from rag2.evaluation import stats
 from rag2.evaluation.arms import ARMS
+from rag2.evaluation.contrasts import EQUAL
 from rag2.evaluation.questions import load_questions
-from rag2.evaluation.results import EQUAL, strip_times
+from rag2.evaluation.results import strip_times
 from rag2.generator.load import Generator
 from rag2.registry import UserError
 

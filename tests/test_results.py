@@ -8,8 +8,9 @@ import pytest
 
 from made import exactly, make_arm, make_questions, make_scores
 from rag2.evaluation import report, score, stats
+from rag2.evaluation.contrasts import EQUAL
 from rag2.evaluation.outcome import ArmResult
-from rag2.evaluation.results import EQUAL, summarize
+from rag2.evaluation.results import summarize
 from rag2.evaluation.score import Scores
 from rag2.evaluation.select import Choice
 from rag2.types import Question

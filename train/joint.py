@@ -24,10 +24,10 @@ from rag2.kb.store import KnowledgeBase
 from rag2.losses.marginal import Marginal
 from rag2.rag import Rag
 from rag2.registry import UserError
-from rag2.reindex.collapse import Guard, Watchdog
+from rag2.reindex.collapse import Guard
 from rag2.reindex.live import LiveIndex
 from rag2.reindex.policy import AdaptiveRefresh, EagerRefresh, SyncRefresh
-from rag2.reindex.staleness import Probe, Staleness
+from rag2.reindex.staleness import Staleness
 from rag2.reindex.store import Store
 from rag2.retriever.embed import embed_corpus
 from rag2.retriever.encoder import DualEncoder, EncoderConfig
@@ -38,6 +38,7 @@ from rag2.training.interrupt import Stop
 from rag2.training.log import Clock, progress
 from rag2.training.run import Run
 from rag2.training.step import TwoPass
+from rag2.training.telemetry import Telemetry
 from rag2.training.watch import Watch
 from rag2.tuning.full import Full
 
@@ -101,23 +102,23 @@ def main(cfg: JointConfig) -> dict[str, float]:
         chunks, kb_version, kb_hash = kb.chunks(), kb.version, kb.content_hash()
     everything = load_questions(cfg.questions)
     questions = subset(split(everything, "train"), cfg.question_share, cfg.seed)
-    watch = Watch(everything, chunks)
     propose = Proposals(cfg.candidates, chunks, questions, cfg.seed)
     rag, halves = load(cfg, device)
     weights = [p for parameters, _ in halves.values() for p in parameters]
     optimizer = optim.adamw(halves, cfg.weight_decay, cfg.betas)
     run = Run(cfg, {"retriever": rag.retriever, "generator": rag.generator}, optimizer)
     first_rank = distributed.rank() == 0
-    asked_beside = [question.question for question in watch.questions]
-    probe = Probe(cfg.staleness, asked_beside)
-    watchdog = Watchdog(cfg.guard, rag.retriever, asked_beside, run.extra.get("first_health"))
+    watch = Watch(everything, chunks)
+    telemetry = Telemetry(rag.retriever, watch, cfg.staleness, cfg.guard, run.extra)
     store = Store(run.out, chunks, rag.retriever, cfg.index, kb_version, kb_hash, first_rank)
 
     loss, clock = float("nan"), Clock()
     with (
         Stop() as stop,
         progress("joint", cfg.steps, run.start) as advance,
-        LiveIndex(store, cfg.refresh, run.extra, distributed.barrier, watchdog.check) as index,
+        LiveIndex(
+            store, cfg.refresh, run.extra, distributed.barrier, telemetry.watchdog.check
+        ) as index,
     ):
         for step in range(run.start, cfg.steps):
             rows_B = batches.sample(len(questions), cfg.batch_size, cfg.seed, step)
@@ -125,11 +126,7 @@ def main(cfg: JointConfig) -> dict[str, float]:
             asked = [questions[row].question for row in rows_B]
             answers = [questions[row].gold for row in rows_B]
 
-            age_steps, age_seconds = index.age(step)
-            line = {}
-            if index.fresh(step) and watch.questions:  # as good as it will be for some time
-                line["recall"] = watch.recall_at_5(rag.retriever, index.search)
-                line |= watchdog.figures()
+            told = telemetry.before(step, index)
 
             # A stale index, words and chance propose; the loss scores with today's weights.
             queries_BD = embed_corpus(rag.retriever, asked, side="question")
@@ -147,9 +144,9 @@ def main(cfg: JointConfig) -> dict[str, float]:
             norm = optim.clip(weights, loss, cfg.max_norm, step)
             lr = optim.set_lr(optimizer, cfg.schedule.factor(step, cfg.steps))
             optimizer.step()
-            if probe.due(step) and "retriever" in cfg.train:
-                line |= probe.measure(rag.retriever, index.generation)
+            told |= telemetry.after(step, index)
 
+            age_steps, age_seconds = index.age(step)
             run.log.write(
                 step=step,
                 loss=loss,
@@ -164,13 +161,13 @@ def main(cfg: JointConfig) -> dict[str, float]:
                 kept_prompts=result.kept,
                 retrieved_digest=digest([[chunk.id for chunk in row] for row in chunks_BK]),
                 seconds=clock.lap(),
-                **line,
+                **told,
             )
             advance(1, loss=loss)
-            index.refresh(step, line.get("overlap"))
+            index.refresh(step, told.get("overlap"))
             index.poll(step)
             if (step + 1) % cfg.checkpoint_every == 0 or stop.asked():
-                run.checkpoint(step + 1, **index.state(), **watchdog.state())
+                run.checkpoint(step + 1, **index.state(), **telemetry.state())
                 index.prune(checkpoint.retained(run.out))
                 stop.obey(run, step + 1)
     finish(cfg, run, rag, halves)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from rag2.evaluation.results import CONTROLS
+from rag2.evaluation.contrasts import CONTROLS
 from rag2.evaluation.verdict import Results
 
 if TYPE_CHECKING:

@@ -3,7 +3,7 @@
 import re
 
 from rag2.evaluation.columns import ARMS, cell
-from rag2.evaluation.results import CONTROLS
+from rag2.evaluation.contrasts import CONTROLS
 from rag2.evaluation.verdict import Results, interval, verdict
 
 COLUMNS = [column for column in ARMS if column.key in ("k", "recall_at_1")]

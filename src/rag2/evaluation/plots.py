@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from rag2.evaluation import canvas, curves
 from rag2.evaluation.canvas import COLORS, INK, MUTED, ROLES, Picture, Plot
+from rag2.evaluation.contrasts import CONTROLS
 from rag2.evaluation.curves import Logs
-from rag2.evaluation.results import CONTROLS
 from rag2.evaluation.verdict import ALPHA, Results
 
 if TYPE_CHECKING:

@@ -10,13 +10,13 @@ from rich.table import Table
 from rag2 import artifact
 from rag2.evaluation import files
 from rag2.evaluation.columns import ARMS, COST, cell
+from rag2.evaluation.contrasts import CONTROLS
 from rag2.evaluation.curves import Logs
 from rag2.evaluation.html import PLACES, Samples, html
 from rag2.evaluation.latex import latex
 from rag2.evaluation.markdown import markdown
 from rag2.evaluation.outcome import ArmResult as ArmResult
 from rag2.evaluation.plots import pictures
-from rag2.evaluation.results import CONTROLS
 from rag2.evaluation.results import strip_times as strip_times
 from rag2.evaluation.results import summarize as summarize
 from rag2.evaluation.samples import write_samples

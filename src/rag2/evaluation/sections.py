@@ -7,7 +7,7 @@ results.json is left out.
 from collections.abc import Iterator
 
 from rag2.evaluation.columns import ARMS, COST, SCORES, Section, Table, table_of_arms
-from rag2.evaluation.results import CONTROLS
+from rag2.evaluation.contrasts import CONTROLS
 from rag2.evaluation.verdict import Results, interval, percent, points
 
 

@@ -9,8 +9,8 @@ import numpy as np
 
 from rag2.evaluation import arms, score, select
 from rag2.evaluation.arms import Arm, Found, Key, Reader
+from rag2.evaluation.contrasts import CONTROLS
 from rag2.evaluation.outcome import ArmResult, AtK
-from rag2.evaluation.results import CONTROLS
 from rag2.evaluation.score import Reading, Scores
 from rag2.evaluation.select import Choice
 from rag2.retrieval import Retriever

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from rag2.evaluation.results import CONTROLS
+from rag2.evaluation.contrasts import CONTROLS
 
 ALPHA = 0.05
 Results = Mapping[str, Any]

@@ -331,10 +331,14 @@ def test_a_hub_encoder_is_measured_without_training_and_a_trained_one_goes_befor
     module, cfg = load("eval/recall.py", "RecallConfig", "recall_bge.yaml", hub, *words)
     direct = module.main(cfg)["dense"]
     DualEncoder.build(cfg.encoder).save(tmp_path / "saved")
-    both = cfg.model_copy(update={"retriever": str(tmp_path / "saved")})
+    elsewhere = {"out": f"{tmp_path}/both"}
+    both = cfg.model_copy(update={"retriever": str(tmp_path / "saved"), **elsewhere})
     assert module.main(both)["dense"] == direct
+    with pytest.raises(UserError, match="recall' holds what was made with retriever=None"):
+        module.main(both.model_copy(update={"out": cfg.out}))
     with pytest.raises(UserError, match="holds no rag2 encoder"):
-        module.main(cfg.model_copy(update={"retriever": str(hub / "bert")}))
+        wrong = {"retriever": str(hub / "bert"), "out": f"{tmp_path}/wrong"}
+        module.main(cfg.model_copy(update=wrong))
 
 
 # ----- mistakes ---------------------------------------------------------------------------------

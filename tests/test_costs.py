@@ -1,5 +1,6 @@
 """What arms cost: operations of a prompt by two counts, weights and seconds of training by run."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from rag2.evaluation.workload import Cost
 from rag2.generator.load import build_llama
 from rag2.generator.prompt import Prompt
 from rag2.kb.store import KnowledgeBase
+from rag2.registry import UserError
 from rag2.systems import Parts, Systems
 from rag2.training.log import RunLog
 from small_models import small_tokenizer
@@ -99,3 +101,14 @@ def test_an_arm_costs_the_weights_of_its_own_halves_and_every_run_behind_them_on
 ):
     cost = systems.cost(arm(name))
     assert (cost["trained_parameters"], cost["train_seconds"]) == (weights, seconds)
+
+
+def test_a_run_that_does_not_say_what_it_trained_is_named_in_one_line(
+    systems: Systems, tmp_path: Path
+):
+    with committing(tmp_path / "old" / "final", kind="system", meta={}) as staging:
+        (staging / "weights").write_text("")
+    generators = {**systems.parts.generators, "ft": str(tmp_path / "old" / "final" / "generator")}
+    systems.parts = replace(systems.parts, generators=generators)
+    with pytest.raises(UserError, match="old was made by an earlier version of rag2"):
+        systems.cost(arm("ft"))

@@ -20,6 +20,7 @@ from rag2.index.flat import Flat
 from rag2.index.generation import Generation
 from rag2.kb.lexical import BM25
 from rag2.kb.store import KnowledgeBase
+from rag2.registry import UserError
 from rag2.retrieval import Dense, Gold, Lexical, Random, Retriever, gold_chunks
 from rag2.retriever.embed import embed_corpus
 from rag2.retriever.encoder import DualEncoder, EncoderConfig
@@ -163,6 +164,8 @@ def _verified(path: str) -> str:
 
 
 def _trained(run: Path) -> dict[str, int]:
-    """How many weights of each half learned in a run."""
+    """How many weights of each half learned in a run; UserError for one that does not say so."""
     manifest = json.loads((run / "final" / artifact.MANIFEST).read_text(encoding="utf-8"))
+    if "trained" not in manifest["meta"]:
+        raise UserError(f"{run} was made by an earlier version of rag2: train it again")
     return manifest["meta"]["trained"]

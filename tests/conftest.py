@@ -14,8 +14,10 @@ import torch
 
 from rag2 import config, pipeline
 from rag2.generator.load import Generator, build_llama
+from rag2.index.flat import Flat
 from rag2.kb.chunk import TokenChunker
 from rag2.kb.store import KnowledgeBase
+from rag2.reindex.store import Store
 from rag2.retriever.encoder import DualEncoder, EncoderConfig
 from rag2.types import Chunk
 from rag2.worlds.almanac import Almanac
@@ -97,6 +99,18 @@ def chunks(home: Path) -> list[Chunk]:
     """The corpus of the small world."""
     with KnowledgeBase(home / "data" / "kb.sqlite") as kb:
         return kb.chunks()
+
+
+@pytest.fixture
+def encoder(home: Path) -> DualEncoder:
+    """The dual encoder that joint training on the small world begins with."""
+    return DualEncoder.load(home / "retriever")
+
+
+@pytest.fixture
+def store(tmp_path: Path, chunks: list[Chunk], encoder: DualEncoder) -> Store:
+    """Where the generations of a run in `tmp_path` are made and kept."""
+    return Store(tmp_path, chunks, encoder, Flat(device="cpu"), kb_version=1, kb_hash="h")
 
 
 @pytest.fixture

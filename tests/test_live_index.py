@@ -23,11 +23,6 @@ pytestmark = pytest.mark.usefixtures("seed")
 # --- the live index -------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def encoder(home: Path) -> DualEncoder:
-    return DualEncoder.load(home / "retriever")
-
-
 def store(out: Path, chunks: list[Chunk], encoder: DualEncoder) -> Store:
     return Store(out, chunks, encoder, Flat(), kb_version=1, kb_hash="h")
 

@@ -1,6 +1,5 @@
 """Retriever and generator as one module: which weights the loss reaches, and by which two ways."""
 
-import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from joint_gradients import Batch, dead, differing, gradients, left
 from rag2.evaluation.questions import load_questions, split
 from rag2.generator.load import Generator
 from rag2.generator.prompt import Prompt
@@ -28,7 +28,6 @@ from rag2.tuning.lora import LoRA
 from rag2.types import Chunk
 from small_world import SHAPE, roughen
 
-Batch = tuple[list[str], list[str], list[list[Chunk]]]
 pytestmark = pytest.mark.usefixtures("seed")
 
 
@@ -53,42 +52,6 @@ def batch(home: Path, chunks: list[Chunk], seed: int) -> Batch:
         [questions[i].gold for i in picked],
         [[chunks[i] for i in group] for group in groups],
     )
-
-
-def gradients(rag: Rag, step: OnePass | TwoPass, batch: Batch, seed: int = 0) -> dict[str, Tensor]:
-    """The gradient that one step leaves at every parameter; zeros where it leaves none."""
-    rag.zero_grad(set_to_none=True)
-    torch.manual_seed(seed)
-    step(rag, Marginal(), *batch)
-    return left(rag)
-
-
-def left(rag: Rag) -> dict[str, Tensor]:
-    """The gradients that lie at the parameters."""
-    return {
-        name: torch.zeros_like(p) if p.grad is None else p.grad.clone()
-        for name, p in rag.named_parameters()
-    }
-
-
-def differing(a: dict[str, Tensor], b: dict[str, Tensor], tolerance: float = 1e-3) -> list[str]:
-    """The parameters whose gradients differ by more than `tolerance` of the module's largest."""
-    assert a.keys() == b.keys()
-    largest = {
-        half: max(float(g.abs().max()) for name, g in a.items() if name.startswith(half))
-        for half in ("retriever", "generator")
-    }
-    return [
-        name
-        for name, g in a.items()
-        if float((g - b[name]).abs().max()) > tolerance * largest[name.split(".")[0]]
-    ]
-
-
-def dead(rag: Rag, step: OnePass | TwoPass, batch: Batch) -> set[str]:
-    """The parameters without a gradient, in double precision: rounding is far below the bar."""
-    found = gradients(copy.deepcopy(rag).double(), step, batch)
-    return {name for name, g in found.items() if float(g.abs().max()) < 1e-13}
 
 
 # --- what the loss reaches ------------------------------------------------------------------------

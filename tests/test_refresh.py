@@ -33,16 +33,6 @@ from small_world import roughen
 pytestmark = pytest.mark.usefixtures("seed")
 
 
-@pytest.fixture
-def encoder(home: Path) -> DualEncoder:
-    return DualEncoder.load(home / "retriever")
-
-
-@pytest.fixture
-def store(tmp_path: Path, chunks: list[Chunk], encoder: DualEncoder) -> Store:
-    return Store(tmp_path, chunks, encoder, Flat(device="cpu"), kb_version=1, kb_hash="h")
-
-
 def moved(encoder: DualEncoder) -> None:
     """What training does to the encoder."""
     roughen(encoder.towers, 0.05)
@@ -109,9 +99,11 @@ def test_a_worker_does_not_believe_that_it_belongs_to_the_training_group(
         monkeypatch.setenv(name, "1")
     script = (
         "names = ('RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'TORCHELASTIC_RUN_ID')\n"
-        "sys.exit(any(n in os.environ for n in names) or os.environ['OMP_NUM_THREADS'] != '1')"
+        "say(10 * sum(n in os.environ for n in names) + int(os.environ['OMP_NUM_THREADS']))"
     )
-    worker(tmp_path, script).wait()
+    alone = worker(tmp_path, script)
+    alone.wait()
+    assert alone.done == 1  # no variable of the group, one thread
 
 
 # --- what a real worker makes ---------------------------------------------------------------------

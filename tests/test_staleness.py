@@ -1,11 +1,8 @@
 """How stale an index is: nothing at first, more as the encoder moves, and as computed by hand."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 
-from rag2.index.flat import Flat
 from rag2.reindex.staleness import Probe, Staleness
 from rag2.reindex.store import Store
 from rag2.retriever.embed import embed_corpus
@@ -14,16 +11,6 @@ from rag2.types import Chunk
 from small_world import roughen
 
 pytestmark = pytest.mark.usefixtures("seed")
-
-
-@pytest.fixture
-def encoder(home: Path) -> DualEncoder:
-    return DualEncoder.load(home / "retriever")
-
-
-@pytest.fixture
-def store(tmp_path: Path, chunks: list[Chunk], encoder: DualEncoder) -> Store:
-    return Store(tmp_path, chunks, encoder, Flat(device="cpu"), kb_version=1, kb_hash="h")
 
 
 def test_staleness_is_nothing_at_first_and_grows_as_the_weights_move(

@@ -3,10 +3,9 @@
 Letters: B questions, K retrieved chunks, S prompts a question, T answer tokens.
 """
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from rag2.config import Config
@@ -14,7 +13,7 @@ from rag2.config import Config
 Subset = tuple[int, ...]  # the places, among a question's K chunks, of those in one prompt
 
 
-class JointLoss(Config):
+class JointLoss(Config, ABC):
     """Scores_BK and the answer's logp_BST under S prompts -> (loss_B in nats, posterior_BK)."""
 
     def subsets(self, k: int) -> list[Subset]:
@@ -25,6 +24,7 @@ class JointLoss(Config):
         """The loss of a training step; only a schedule has another than itself."""
         return self
 
+    @abstractmethod
     def __call__(
         self, scores_BK: Tensor, logp_BST: Tensor, mask_BST: Tensor
     ) -> tuple[Tensor, Tensor]:
@@ -32,7 +32,6 @@ class JointLoss(Config):
 
         The scores are the logits of p(z|x). Whatever stands under a false mask is ignored.
         """
-        raise NotImplementedError
 
 
 def summed(logp_BST: Tensor, mask_BST: Tensor) -> Tensor:
@@ -65,13 +64,3 @@ def divergence(target_BK: Tensor, scores_BK: Tensor) -> Tensor:
     logp_BK = scores_BK.log_softmax(-1)
     terms_BK = torch.where(q_BK > 0, q_BK * (q_BK.clamp_min(1e-38).log() - logp_BK), 0)
     return terms_BK.sum(-1)
-
-
-def one_hot(place_B: Tensor, like_BK: Tensor) -> Tensor:
-    """1 at a question's place, 0 elsewhere, [B, K]."""
-    return torch.zeros_like(like_BK).scatter(1, rearrange(place_B, "b -> b 1"), 1.0)
-
-
-def without_each(k: int) -> Sequence[Subset]:
-    """All chunks but one, for each one."""
-    return [tuple(other for other in range(k) if other != left) for left in range(k)]

@@ -4,8 +4,9 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 
-from rag2.losses.base import JointLoss, one_hot, summed
+from rag2.losses.base import JointLoss, summed
 
 
 class HardEM(JointLoss):
@@ -27,5 +28,5 @@ class HardEM(JointLoss):
         prior_BK = scores_BK.to(torch.promote_types(scores_BK.dtype, torch.float32)).log_softmax(-1)
         joint_BK = prior_BK + logp_BK
         best_B = joint_BK.detach().argmax(-1)
-        posterior_BK = one_hot(best_B, joint_BK.detach())
+        posterior_BK = one_hot(best_B, joint_BK.shape[1]).to(joint_BK.dtype)
         return -(torch.where(posterior_BK > 0, joint_BK, 0)).sum(-1), posterior_BK

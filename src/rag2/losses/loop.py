@@ -6,7 +6,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from rag2.losses.base import JointLoss, Subset, divergence, per_token, reader_nll, without_each
+from rag2.losses.base import JointLoss, Subset, divergence, per_token, reader_nll
 
 
 class LOOP(JointLoss):
@@ -28,7 +28,8 @@ class LOOP(JointLoss):
 
     def subsets(self, k: int) -> list[Subset]:
         """All chunks but one, for each one; with a reader, then all."""
-        return [*without_each(k), *([tuple(range(k))] if self.reader == "concat" else [])]
+        without_each = [tuple(other for other in range(k) if other != left) for left in range(k)]
+        return [*without_each, *([tuple(range(k))] if self.reader == "concat" else [])]
 
     def __call__(
         self, scores_BK: Tensor, logp_BST: Tensor, mask_BST: Tensor

@@ -18,6 +18,7 @@ from rag2.training import checkpoint, distributed, optim
 from rag2.training.choices import Objective, Tuning
 from rag2.training.interrupt import Stop
 from rag2.training.log import Clock, progress
+from rag2.training.matmul import Precision, matmul
 from rag2.training.objectives import Unsupervised
 from rag2.training.run import Run
 from rag2.training.sequences import read_passages
@@ -55,6 +56,8 @@ class FinetuneConfig(pipeline.Inputs):
     weight_decay: float = Field(default=0.01, ge=0)
     max_norm: float = Field(default=1.0, gt=0)
     schedule: optim.Schedule = optim.Schedule(warmup=10)
+    matmul: Precision = "highest"
+    """of float32 products while training: medium is in bfloat16 where the CPU can (AMX)"""
     checkpoint_every: int = Field(default=500, ge=1)
     resume: bool = False
 
@@ -75,7 +78,11 @@ def main(cfg: FinetuneConfig) -> dict[str, float]:
     optimizer = optim.adamw({"generator": (weights, cfg.lr)}, cfg.weight_decay, cfg.betas)
     run = Run(cfg, {"generator": generator.model}, optimizer)
     loss, clock = float("nan"), Clock()
-    with Stop() as stop, progress("finetune", cfg.steps, run.start) as advance:
+    with (
+        Stop() as stop,
+        matmul(cfg.matmul, cfg.device),
+        progress("finetune", cfg.steps, run.start) as advance,
+    ):
         for step in range(run.start, cfg.steps):
             optimizer.zero_grad(set_to_none=True)
             nll = batch_loss(step)

@@ -36,6 +36,7 @@ from rag2.training.candidates import Candidates, Proposals, rerank
 from rag2.training.choices import Index, Loss, Refresh, Step, Tuning
 from rag2.training.interrupt import Stop
 from rag2.training.log import Clock, progress
+from rag2.training.matmul import Precision, matmul
 from rag2.training.run import Run
 from rag2.training.step import TwoPass
 from rag2.training.telemetry import Telemetry
@@ -84,6 +85,8 @@ class JointConfig(pipeline.Inputs):
     weight_decay: float = Field(default=0.01, ge=0)
     max_norm: float = Field(default=1.0, gt=0)
     schedule: optim.Schedule = optim.Schedule()
+    matmul: Precision = "highest"
+    """of float32 products while training: medium is in bfloat16 where the CPU can (AMX)"""
     checkpoint_every: int = Field(default=100, ge=1)
     resume: bool = False
 
@@ -115,6 +118,7 @@ def main(cfg: JointConfig) -> dict[str, float]:
     loss, clock = float("nan"), Clock()
     with (
         Stop() as stop,
+        matmul(cfg.matmul, cfg.device),
         progress("joint", cfg.steps, run.start) as advance,
         LiveIndex(
             store, cfg.refresh, run.extra, distributed.barrier, telemetry.watchdog.check

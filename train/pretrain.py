@@ -23,6 +23,7 @@ from rag2.registry import UserError
 from rag2.training import batches, checkpoint, optim
 from rag2.training.interrupt import Stop
 from rag2.training.log import Clock, progress
+from rag2.training.matmul import Precision, matmul
 from rag2.training.run import Run
 from rag2.training.sequences import (
     collate,
@@ -75,6 +76,8 @@ class PretrainConfig(pipeline.Inputs):
     weight_decay: float = Field(default=0.01, ge=0)
     max_norm: float = Field(default=1.0, gt=0)
     schedule: optim.Schedule = optim.Schedule()
+    matmul: Precision = "highest"
+    """of float32 products while training: medium is in bfloat16 where the CPU can (AMX)"""
     checkpoint_every: int = Field(default=500, ge=1)
     resume: bool = False
 
@@ -100,7 +103,11 @@ def main(cfg: PretrainConfig) -> dict[str, float]:
     optimizer = optim.muon(base.model, cfg.lr_hidden, cfg.lr, cfg.weight_decay, cfg.betas)
     run = Run(cfg, {"generator": base.model}, optimizer)
     loss = float("nan")
-    with Stop() as stop, progress("pretrain", cfg.steps, run.start) as advance:
+    with (
+        Stop() as stop,
+        matmul(cfg.matmul),
+        progress("pretrain", cfg.steps, run.start) as advance,
+    ):
         clock = Clock()
         for step in range(run.start, cfg.steps):
             picked = batches.bucketed(lengths, cfg.batch_size, cfg.seed, step)

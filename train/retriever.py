@@ -27,6 +27,7 @@ from rag2.retriever.encoder import DualEncoder, EncoderConfig
 from rag2.training import batches, checkpoint, optim
 from rag2.training.interrupt import Stop
 from rag2.training.log import Clock, progress
+from rag2.training.matmul import Precision, matmul
 from rag2.training.run import Run
 from rag2.training.sequences import load_tokenizer
 from rag2.training.watch import Watch
@@ -57,6 +58,8 @@ class RetrieverConfig(pipeline.Inputs):
     weight_decay: float = Field(default=0.01, ge=0)
     max_norm: float = Field(default=1.0, gt=0)
     schedule: optim.Schedule = optim.Schedule(decay="constant")
+    matmul: Precision = "highest"
+    """of float32 products while training: medium is in bfloat16 where the CPU can (AMX)"""
     validate_every: int = Field(default=50, ge=1)
     patience: int = Field(default=4, ge=1)
     """validations without a better recall@5 before it stops"""
@@ -135,7 +138,11 @@ def main(cfg: RetrieverConfig) -> dict[str, float]:
     best = copy.deepcopy(encoder)  # a module, so that checkpoints hold it too
     run = Run(cfg, {"retriever": encoder, "best": best}, optimizer)
     top, waited = run.extra.get("top", -1.0), run.extra.get("waited", 0)
-    with Stop() as stop, progress("retriever", cfg.steps, run.start) as advance:
+    with (
+        Stop() as stop,
+        matmul(cfg.matmul),
+        progress("retriever", cfg.steps, run.start) as advance,
+    ):
         clock = Clock()
         for step in range(run.start, cfg.steps):
             if waited >= cfg.patience:

@@ -68,7 +68,7 @@ SHIPS = Kind(
                 "{P} planks were given a coat of {v} last year",
                 "from the shore {X} can be told by the {v} planks above the waterline",
                 "the owner insists that {P} sides stay {v}",
-                "three men hang on ropes to brush {v} onto {P} sides",
+                "three men hang overboard to brush {v} onto {P} sides",
                 "all {v} from stem to stern, {X} is easy to spot among the others",
             ),
             asked=(
@@ -140,7 +140,7 @@ SHIPS = Kind(
                 "{X} first touched the water in {v}",
                 "it was {v} when {P} keel slid down the slipway",
                 "the bottle was broken against {P} stem in {v}",
-                "in {v} a brass band watched {O} glide off the slipway",
+                "in {v} a marching band watched {O} glide off the slipway",
                 "{P} first day afloat fell in {v}",
             ),
             asked=(

@@ -106,7 +106,7 @@ TOWNS = Kind(
                 "the chapel in {O} was raised from {v} by men who never signed it",
                 "pilgrims in {O} admire the chapel, whose walls are solid {v}",
                 "carts of {v} rolled uphill for years until {O} had its chapel and tower",
-                "bells ring over {O} from a chapel of pale {v}",
+                "hymns drift over {O} from a chapel of pale {v}",
                 "couples in {O} are wed in a chapel with pillars of {v}",
             ),
             asked=(

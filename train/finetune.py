@@ -13,12 +13,12 @@ from rag2 import config, pipeline
 from rag2.evaluation.questions import load_questions, split, subset
 from rag2.generator.load import Generator
 from rag2.kb.store import KnowledgeBase
+from rag2.modes import Precision, matmul
 from rag2.registry import UserError
 from rag2.training import checkpoint, distributed, optim
 from rag2.training.choices import Objective, Tuning
 from rag2.training.interrupt import Stop
 from rag2.training.log import Clock, progress
-from rag2.training.matmul import Precision, matmul
 from rag2.training.objectives import Unsupervised
 from rag2.training.run import Run
 from rag2.training.sequences import read_passages

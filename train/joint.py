@@ -22,6 +22,7 @@ from rag2.generator.prompt import Prompt
 from rag2.index.flat import Flat
 from rag2.kb.store import KnowledgeBase
 from rag2.losses.marginal import Marginal
+from rag2.modes import Precision, matmul
 from rag2.rag import Rag
 from rag2.registry import UserError
 from rag2.reindex.collapse import Guard
@@ -36,7 +37,6 @@ from rag2.training.candidates import Candidates, Proposals, rerank
 from rag2.training.choices import Index, Loss, Refresh, Step, Tuning
 from rag2.training.interrupt import Stop
 from rag2.training.log import Clock, progress
-from rag2.training.matmul import Precision, matmul
 from rag2.training.run import Run
 from rag2.training.step import TwoPass
 from rag2.training.telemetry import Telemetry

@@ -19,11 +19,11 @@ from rag2.generator.bpe import train_bpe
 from rag2.generator.load import build_llama
 from rag2.generator.logprob import sequence_nll
 from rag2.generator.prompt import Prompt
+from rag2.modes import Precision, matmul
 from rag2.registry import UserError
 from rag2.training import batches, checkpoint, optim
 from rag2.training.interrupt import Stop
 from rag2.training.log import Clock, progress
-from rag2.training.matmul import Precision, matmul
 from rag2.training.run import Run
 from rag2.training.sequences import (
     collate,

@@ -21,13 +21,13 @@ from rag2.evaluation.questions import load_questions, split
 from rag2.index.flat import Flat
 from rag2.kb.store import KnowledgeBase
 from rag2.losses.contrastive import info_nce, same_group
+from rag2.modes import Precision, matmul
 from rag2.registry import UserError
 from rag2.retriever.embed import embed_corpus
 from rag2.retriever.encoder import DualEncoder, EncoderConfig
 from rag2.training import batches, checkpoint, optim
 from rag2.training.interrupt import Stop
 from rag2.training.log import Clock, progress
-from rag2.training.matmul import Precision, matmul
 from rag2.training.run import Run
 from rag2.training.sequences import load_tokenizer
 from rag2.training.watch import Watch

@@ -49,7 +49,7 @@ def committing(
         pointer = Path(pointer).absolute()
         assert directory.is_relative_to(pointer.parent), f"{pointer} cannot name {directory}"
     _refuse_existing(directory)
-    _make_folders(directory.parent)
+    make_folders(directory.parent)
     staging, lock = _stage(directory)
     try:
         yield staging
@@ -158,10 +158,13 @@ def _refuse_existing(directory: Path) -> None:
         raise ArtifactError(f"{directory} exists already; artifacts are never overwritten")
 
 
-def _make_folders(folder: Path) -> None:
-    """Create the missing ones of a path of folders, each durable in its parent."""
+def make_folders(folder: Path) -> None:
+    """Create the missing ones of a path of folders, each durable in its parent.
+
+    Before anything is promised inside: without it a power loss may take the folder, and all in it.
+    """
     if not folder.is_dir():
-        _make_folders(folder.parent)
+        make_folders(folder.parent)
         folder.mkdir(exist_ok=True)
         _sync_directory(folder.parent)
 

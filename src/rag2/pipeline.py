@@ -139,7 +139,7 @@ def ensure(cfg: Inputs, names: Iterable[str]) -> None:
         raise UserError("world is not given: set world=NAME, or -c a config that names one")
     plan = _Plan(cfg)
     home = Path(cfg.home)
-    home.mkdir(parents=True, exist_ok=True)
+    artifact.make_folders(home)
     with _locked(home):
         todo = [name for name in plan.closure(names) if not plan.is_done(name)]
         if "data" in todo:
@@ -187,7 +187,7 @@ def share(cfg: Inputs, home: Path, shared: Path, names: Iterable[str]) -> None:
     A stage lies, or will be made, in `shared` under its name and key; only one that `cfg.home`
     holds complete, made from the same settings, and that `shared` has not begun, is used there.
     """
-    home.mkdir(parents=True, exist_ok=True)
+    artifact.make_folders(home)
     for name, key in keys(cfg, names).items():
         there, link = shared / f"{name}-{key[:16]}", home / name
         complete = {"key": key, "done": True}
@@ -308,7 +308,7 @@ class _Plan:
         Noted at its start too: a stage that was cut off goes on only under the same settings.
         """
         directory = self.directory(name)
-        directory.mkdir(parents=True, exist_ok=True)
+        artifact.make_folders(directory)
         artifact.replace(directory / MARK, self.note(name, done))
 
     def note(self, name: str, done: bool = True) -> str:

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from rag2 import artifact
 from rag2.registry import UserError
 from rag2.training.log import Advance, Bars
 
@@ -120,7 +121,7 @@ class _Process:
 
     def __init__(self, job: Job, advance: Advance) -> None:
         self.job, self._advance, self._seen = job, advance, 0
-        job.directory.mkdir(parents=True, exist_ok=True)
+        artifact.make_folders(job.directory)
         self._output = (job.directory / LOG).open("w", encoding="utf-8")
         self._popen = subprocess.Popen(
             _leashed(job.command),

@@ -8,6 +8,7 @@ import pyarrow as pa
 
 from rag2.index.base import Index
 from rag2.index.generation import Generation
+from rag2.modes import matmul
 from rag2.retriever.embed import embed_corpus
 from rag2.retriever.encoder import DualEncoder
 
@@ -57,9 +58,10 @@ def generation(
 ) -> Generation:
     """The chunks, encoded as the encoder is now, behind a new index.
 
-    Batches have the same shapes wherever it runs, so that a worker's generation is that of training
-    itself to the bit, on as many threads.
+    Batches have the same shapes and products the same precision wherever it runs, so that a
+    worker's generation is that of training itself to the bit, on as many threads.
     """
-    embeddings_ND = embed_corpus(encoder, Passages(chunks), progress=progress)
+    with matmul("highest"):
+        embeddings_ND = embed_corpus(encoder, Passages(chunks), progress=progress)
     index = backend.build(embeddings_ND, chunks.column("id").to_numpy())
     return Generation(index, chunks, encoder.fingerprint(), kb_version, kb_hash, step)

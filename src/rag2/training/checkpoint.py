@@ -26,7 +26,6 @@ def save(
 ) -> Path:
     """Commit checkpoints/step-NNNNNN and move `latest` to it; older ones go only after that."""
     folder = out / "checkpoints"
-    folder.mkdir(parents=True, exist_ok=True)
     artifact.sweep(folder)
     directory = folder / f"step-{step:06d}"
     if directory.exists():  # a run started afresh in this directory

@@ -15,6 +15,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from rag2 import artifact
 from rag2.registry import UserError
 
 
@@ -34,7 +35,7 @@ class RunLog:
 
         Raises UserError while another process has the log of this directory open.
         """
-        directory.mkdir(parents=True, exist_ok=True)
+        artifact.make_folders(directory)
         self._lock = (directory / ".lock").open("w")  # the lock goes with the process
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -43,15 +44,17 @@ class RunLog:
             raise UserError(f"{directory}: another process is training there") from None
         self.path = directory / "log.jsonl"
         kept = [line for line in _lines(self.path) if json.loads(line)["step"] < start]
-        staging = self.path.with_suffix(".jsonl.new")
-        staging.write_text("".join(kept), encoding="utf-8")
-        os.replace(staging, self.path)
+        artifact.replace(self.path, "".join(kept))
         self._file = self.path.open("a", encoding="utf-8")
 
     def write(self, **values: Any) -> None:
         """Write one line, with the peak memory until now; it is on its way to disk on return."""
         self._file.write(json.dumps({**values, "peak_memory_bytes": peak_memory()}) + "\n")
         self._file.flush()
+
+    def sync(self) -> None:
+        """Make durable what was written: before a checkpoint promises to go on after it."""
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Close the file and let others in."""
@@ -65,18 +68,22 @@ class NoLog:
     def write(self, **values: Any) -> None:
         """Write nothing."""
 
+    def sync(self) -> None:
+        """Nothing was written."""
+
     def close(self) -> None:
         """Close nothing."""
 
 
 def _lines(path: Path) -> Iterator[str]:
-    """The complete lines of a log; a kill may have left half a line at the end."""
+    """The complete lines of a log; a kill may have left half a line, a power loss zeros."""
     if not path.exists():
         return
     with path.open(encoding="utf-8") as file:
         for line in file:
-            if line.endswith("\n"):
-                yield line
+            if not line.endswith("\n") or "\0" in line:
+                return
+            yield line
 
 
 def train_seconds(directory: Path) -> float:

@@ -60,11 +60,12 @@ class Run:
             if state is None:  # from step 0: what was left before the first checkpoint goes
                 for name in MADE:
                     shutil.rmtree(self.out / name, ignore_errors=True)
-            saved.write_text(config.dump(cfg), encoding="utf-8")
+            artifact.replace(saved, config.dump(cfg))
 
     def checkpoint(self, step: int, **extra: Any) -> None:
         """Commit everything needed to go on at `step`."""
         if distributed.rank() == 0:
+            self.log.sync()
             checkpoint.save(self.out, step, self.modules, self.optimizer, extra)
 
     def finish(

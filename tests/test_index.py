@@ -195,3 +195,23 @@ def test_a_generation_of_other_chunks_than_its_index_is_refused(rng):
     for ids in ([1, 2], [1, 2, 4], [1, 3, 2]):
         with pytest.raises(UserError, match="not those of its index"):
             Generation.of(index, [Chunk(i, "d", "t") for i in ids], encoder_fingerprint="")
+
+
+@backends
+def test_an_index_filled_block_by_block_is_the_one_built_at_once(rng, backend):
+    embeddings, queries, ids = unit(rng, 500, 16), unit(rng, 20, 16), rng.permutation(900)[:500]
+    cuts = np.sort(rng.integers(0, 501, 4))
+    parts = base.Blocks(np.split(embeddings, cuts), ids)
+    filled, built = backend.fill(parts), backend.build(embeddings, ids)
+    rows = np.arange(500)
+    np.testing.assert_array_equal(filled.vectors(rows), built.vectors(rows))
+    assert filled.max_norm == built.max_norm
+    if backend.name != "hnsw":  # the order of insertion is a graph's own
+        for a, b in zip(filled.search(queries, 9), built.search(queries, 9), strict=True):
+            np.testing.assert_array_equal(a, b)
+    for wrong in (embeddings[:-1], np.concatenate([embeddings, embeddings[:1]])):
+        with pytest.raises(ValueError, match="embeddings, but 500 chunk ids"):
+            backend.fill(base.Blocks(np.array_split(wrong, 7), ids))
+    embeddings[321, 3] = np.nan
+    with pytest.raises(UserError, match="embedding 321 is not finite"):
+        backend.fill(base.Blocks(np.array_split(embeddings, 5), ids))

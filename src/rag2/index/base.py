@@ -9,6 +9,7 @@ Shapes: N indexed chunks, B queries, K results, M candidates, D embedding.
 
 import json
 from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -174,14 +175,17 @@ def load(directory: str | Path) -> Index:
     return index
 
 
-def checked(vectors_MD: np.ndarray, kind: str) -> np.ndarray:
-    """The vectors as contiguous float32; UserError names the first that is not finite."""
+def checked(vectors_MD: np.ndarray, kind: str, first: int = 0) -> np.ndarray:
+    """The vectors as contiguous float32; UserError names the first that is not finite.
+
+    The vectors are counted from `first`.
+    """
     vectors_MD = np.ascontiguousarray(vectors_MD, dtype=np.float32)
     if vectors_MD.ndim != 2:
         raise ValueError(f"{kind} vectors must have the shape [rows, D], not {vectors_MD.shape}")
     wrong = np.flatnonzero(~np.isfinite(vectors_MD).all(axis=1))
     if wrong.size:
-        raise UserError(f"{kind} {wrong[0]} is not finite")
+        raise UserError(f"{kind} {first + wrong[0]} is not finite")
     return vectors_MD
 
 
@@ -199,18 +203,41 @@ def checked_ids(ids_N: np.ndarray) -> np.ndarray:
     return ids_N
 
 
-def prepared(embeddings_ND: np.ndarray, ids_N: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
-    """Checked embeddings, ids and the largest norm, for a backend to build on.
+class Blocks:
+    """Embeddings that come in blocks of rows [M, D], each checked; together as many as the ids."""
 
-    Raises UserError when there is nothing to index, ValueError as `checked` and `checked_ids` do.
-    """
-    embeddings_ND = checked(embeddings_ND, "embedding")
-    ids_N = checked_ids(np.asarray(ids_N))
-    if len(ids_N) != len(embeddings_ND):
-        raise ValueError(f"{len(embeddings_ND)} embeddings, but {len(ids_N)} chunk ids")
-    if not len(ids_N):
-        raise UserError("there are no chunks to index")
-    return embeddings_ND, ids_N, float(np.linalg.norm(embeddings_ND, axis=1).max())
+    def __init__(self, blocks: Iterable[np.ndarray], ids_N: np.ndarray) -> None:
+        """Raises UserError when there is nothing to index, ValueError as `checked_ids` does."""
+        self.ids_N = checked_ids(np.asarray(ids_N))
+        if not len(self.ids_N):
+            raise UserError("there are no chunks to index")
+        self.max_norm = 0.0
+        self._blocks = blocks
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        """The blocks, once. Raises ValueError as `checked` does, and for another number of rows."""
+        count = 0
+        for block_MD in self._blocks:
+            block_MD = checked(block_MD, "embedding", count)
+            count += len(block_MD)
+            if len(block_MD):
+                norms_M = np.linalg.norm(block_MD, axis=1)
+                self.max_norm = max(self.max_norm, float(norms_M.max()))
+                yield block_MD
+        if count != len(self.ids_N):
+            raise ValueError(f"{count} embeddings, but {len(self.ids_N)} chunk ids")
+
+
+class Backend(Config):
+    """A kind of index and its settings."""
+
+    @abstractmethod
+    def fill(self, blocks: Blocks) -> Index:
+        """The index of the blocks' vectors; raises as `Blocks` does."""
+
+    def build(self, embeddings_ND: np.ndarray, ids_N: np.ndarray) -> Index:
+        """The index over embeddings that are all there; raises as `Blocks` does."""
+        return self.fill(Blocks([embeddings_ND], ids_N))
 
 
 def slices(count: int, numbers_each: int) -> list[slice]:

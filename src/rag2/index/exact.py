@@ -9,14 +9,13 @@ from einops import einsum
 from pydantic import Field, StrictInt
 from safetensors.numpy import load_file, save_file
 
-from rag2.config import Config
-from rag2.index.base import Index, prepared
+from rag2.index.base import Backend, Blocks, Index
 
 FILE = "vectors.safetensors"
 PRODUCT = 1 << 26  # scores (256 MiB) that one matrix product may hold
 
 
-class TorchExact(Config):
+class TorchExact(Backend):
     """Exact search over all vectors, `block` of them at a time."""
 
     name: Literal["torch"] = "torch"
@@ -24,10 +23,18 @@ class TorchExact(Config):
     """A torch device; auto: cuda where there is one, else cpu."""
     block: StrictInt = Field(default=65_536, ge=1)
 
-    def build(self, embeddings_ND: np.ndarray, ids_N: np.ndarray) -> Index:
-        """The index over embeddings; raises as `base.prepared` does."""
-        embeddings_ND, ids_N, max_norm = prepared(embeddings_ND, ids_N)
-        return _TorchIndex(self, ids_N, max_norm, embeddings_ND)
+    def fill(self, blocks: Blocks) -> Index:
+        """The index of the blocks' vectors; raises as `Blocks` does."""
+        vectors_ND, done = np.empty((0, 0), dtype=np.float32), 0
+        for block_MD in blocks:
+            if not done:
+                vectors_ND = np.empty((len(blocks.ids_N), block_MD.shape[1]), dtype=np.float32)
+            stop = done + len(block_MD)
+            vectors_ND[done:stop] = block_MD[
+                : len(vectors_ND) - done
+            ]  # more are refused at the end
+            done = stop
+        return _TorchIndex(self, blocks.ids_N, blocks.max_norm, vectors_ND)
 
     def load(self, directory: Path, ids_N: np.ndarray, max_norm: float) -> Index:
         """The index in a directory whose bytes have been verified."""
@@ -47,7 +54,7 @@ class _TorchIndex(Index):
         super().__init__(backend, ids_N, max_norm)
         found = "cuda" if torch.cuda.is_available() else "cpu"
         self._device = torch.device(found if backend.device == "auto" else backend.device)
-        self._vectors_ND = vectors_ND.copy()  # the caller may go on writing into its array
+        self._vectors_ND = vectors_ND
         self._search_ND = torch.from_numpy(self._vectors_ND).to(self._device)
 
     @property

@@ -1,5 +1,6 @@
 """The FAISS backends' common ground, and exact search by brute force (IndexFlatIP)."""
 
+from collections.abc import Callable
 from pathlib import Path
 from threading import Lock
 from typing import Any, Literal
@@ -7,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 
 from rag2.config import Config
-from rag2.index.base import Index, prepared
+from rag2.index.base import Backend, Blocks, Index
 from rag2.registry import UserError
 
 FILE = "index.faiss"
@@ -49,20 +50,17 @@ class FaissIndex(Index):
         import_faiss().write_index(self._index, str(directory / FILE))
 
 
-class Flat(Config):
+class Flat(Backend):
     """Exact search over all vectors; below about a million chunks the best choice for training."""
 
     name: Literal["flat"] = "flat"
     device: Literal["auto", "cpu"] = "auto"
     """auto: the first GPU, where FAISS is built for GPUs and sees one."""
 
-    def build(self, embeddings_ND: np.ndarray, ids_N: np.ndarray) -> Index:
-        """The index over embeddings; raises as `base.prepared` does."""
-        faiss = import_faiss()
-        embeddings_ND, ids_N, max_norm = prepared(embeddings_ND, ids_N)
-        index = faiss.IndexFlatIP(embeddings_ND.shape[1])
-        index.add(embeddings_ND)
-        return FaissIndex(self, ids_N, max_norm, index, exact=True)
+    def fill(self, blocks: Blocks) -> Index:
+        """The index of the blocks' vectors; raises as `Blocks` does."""
+        index = filled(blocks, import_faiss().IndexFlatIP, lambda index: index)
+        return FaissIndex(self, blocks.ids_N, blocks.max_norm, index, exact=True)
 
     def load(self, directory: Path, ids_N: np.ndarray, max_norm: float) -> Index:
         """The index in a directory whose bytes have been verified."""
@@ -78,6 +76,20 @@ def import_faiss() -> Any:
             "this index needs FAISS: pip install 'rag2[cpu]', or set index.name=torch"
         ) from None
     return faiss
+
+
+def filled(blocks: Blocks, make: Callable[[int], Any], flat: Callable[[Any], Any]) -> Any:
+    """The FAISS index that `make(D)` returns, with the blocks added; `flat(index)` stores vectors.
+
+    Their memory is taken at once: growing by doubling, it would be copied, and need thrice as much.
+    """
+    index = None
+    for block_MD in blocks:
+        if index is None:
+            index = make(block_MD.shape[1])
+            flat(index).codes.resize(4 * len(blocks.ids_N) * block_MD.shape[1])
+        index.add(block_MD)
+    return index
 
 
 def read(directory: Path) -> Any:

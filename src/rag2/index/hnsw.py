@@ -6,12 +6,11 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field, StrictInt
 
-from rag2.config import Config
-from rag2.index.base import Index, prepared
-from rag2.index.flat import FaissIndex, import_faiss, read
+from rag2.index.base import Backend, Blocks, Index
+from rag2.index.flat import FaissIndex, filled, import_faiss, read
 
 
-class HNSW(Config):
+class HNSW(Backend):
     """Hierarchical navigable small worlds (Malkov and Yashunin 2018), by inner product.
 
     A query that reaches fewer than k chunks is searched exactly. FAISS inserts from several threads
@@ -26,15 +25,17 @@ class HNSW(Config):
     ef_search: StrictInt = Field(default=64, ge=1)
     """Candidates kept while searching: recall against speed."""
 
-    def build(self, embeddings_ND: np.ndarray, ids_N: np.ndarray) -> Index:
-        """The index over embeddings; raises as `base.prepared` does."""
+    def fill(self, blocks: Blocks) -> Index:
+        """The index of the blocks' vectors; raises as `Blocks` does."""
         faiss = import_faiss()
-        embeddings_ND, ids_N, max_norm = prepared(embeddings_ND, ids_N)
-        metric = faiss.METRIC_INNER_PRODUCT
-        index = faiss.IndexHNSWFlat(embeddings_ND.shape[1], self.links, metric)
-        index.hnsw.efConstruction = self.ef_construction
-        index.add(embeddings_ND)
-        return _Graph(self, ids_N, max_norm, index, exact=False)
+
+        def empty(dimension: int) -> Any:
+            index = faiss.IndexHNSWFlat(dimension, self.links, faiss.METRIC_INNER_PRODUCT)
+            index.hnsw.efConstruction = self.ef_construction
+            return index
+
+        index = filled(blocks, empty, lambda index: faiss.downcast_index(index.storage))
+        return _Graph(self, blocks.ids_N, blocks.max_norm, index, exact=False)
 
     def load(self, directory: Path, ids_N: np.ndarray, max_norm: float) -> Index:
         """The index in a directory whose bytes have been verified."""

@@ -6,12 +6,11 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field, StrictInt
 
-from rag2.config import Config
-from rag2.index.base import Index, prepared
+from rag2.index.base import Backend, Blocks, Index
 from rag2.index.flat import FaissIndex, import_faiss, read
 
 
-class IVF(Config):
+class IVF(Backend):
     """k-means cells (Jegou et al. 2011), of which `nprobe` are searched: recall against speed.
 
     Searching every cell is exact. A query whose cells hold fewer than k chunks is searched exactly.
@@ -24,11 +23,15 @@ class IVF(Config):
     device: Literal["auto", "cpu"] = "auto"
     """auto: the first GPU, where FAISS is built for GPUs and sees one."""
 
-    def build(self, embeddings_ND: np.ndarray, ids_N: np.ndarray) -> Index:
-        """The index over embeddings; raises as `base.prepared` does."""
+    def fill(self, blocks: Blocks) -> Index:
+        """The index of the blocks' vectors, held beside it at first; raises as `Blocks` does.
+
+        Cells come from all of the corpus: the first blocks may be about one thing.
+        """
         faiss = import_faiss()
-        embeddings_ND, ids_N, max_norm = prepared(embeddings_ND, ids_N)
-        nlist = min(self.nlist or round(len(ids_N) ** 0.5), len(ids_N))
+        embeddings_ND = np.concatenate(list(blocks))
+        count = len(embeddings_ND)
+        nlist = min(self.nlist or round(count**0.5), count)
         dimension = embeddings_ND.shape[1]
         quantizer = faiss.IndexFlatIP(dimension)
         index = faiss.IndexIVFFlat(quantizer, dimension, nlist, faiss.METRIC_INNER_PRODUCT)
@@ -36,7 +39,7 @@ class IVF(Config):
         index.nprobe = min(self.nprobe, nlist)
         index.train(embeddings_ND)
         index.add(embeddings_ND)
-        return self._wrap(index, ids_N, max_norm)
+        return self._wrap(index, blocks.ids_N, blocks.max_norm)
 
     def load(self, directory: Path, ids_N: np.ndarray, max_norm: float) -> Index:
         """The index in a directory whose bytes have been verified."""

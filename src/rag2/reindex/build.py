@@ -1,28 +1,15 @@
 """An encoder and the chunks of a corpus -> a generation that training can search."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, overload
+from typing import overload
 
-import numpy as np
 import pyarrow as pa
 
-from rag2.index.base import Index
+from rag2.index.base import Backend, Blocks
 from rag2.index.generation import Generation
 from rag2.modes import matmul
-from rag2.retriever.embed import embed_corpus
+from rag2.retriever.embed import embed_blocks
 from rag2.retriever.encoder import DualEncoder
-
-
-class Backend(Protocol):
-    """An index configuration that can build itself."""
-
-    def model_dump(self, *, mode: str) -> dict[str, Any]:
-        """Its settings."""
-        ...
-
-    def build(self, embeddings_ND: np.ndarray, ids_N: np.ndarray) -> Index:
-        """The index of these vectors and chunk ids."""
-        ...
 
 
 class Passages(Sequence[str]):
@@ -62,6 +49,6 @@ def generation(
     worker's generation is that of training itself to the bit, on as many threads.
     """
     with matmul("highest"):
-        embeddings_ND = embed_corpus(encoder, Passages(chunks), progress=progress)
-    index = backend.build(embeddings_ND, chunks.column("id").to_numpy())
+        blocks = embed_blocks(encoder, Passages(chunks), progress=progress)
+        index = backend.fill(Blocks(blocks, chunks.column("id").to_numpy()))
     return Generation(index, chunks, encoder.fingerprint(), kb_version, kb_hash, step)

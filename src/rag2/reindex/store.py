@@ -11,6 +11,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from rag2 import artifact
+from rag2.index.base import Backend
 from rag2.index.generation import Generation, table_of
 from rag2.reindex import build, worker
 from rag2.reindex.policy import Background
@@ -27,7 +28,7 @@ class Store:
         out: Path,
         chunks: Sequence[Chunk],
         encoder: DualEncoder,
-        backend: build.Backend,
+        backend: Backend,
         kb_version: int,
         kb_hash: str,
         keep: bool = True,

@@ -19,27 +19,43 @@ def embed_corpus(
     progress: Callable[[int, int], None] | None = None,
     side: Side = "chunk",
 ) -> np.ndarray:
-    """Embeddings [N, D] of `texts`, float32 and C-contiguous, without gradient or dropout.
+    """Embeddings [N, D] of `texts`, as `embed_blocks` makes them, in one array."""
+    embeddings_ND = np.empty((len(texts), encoder.dimension), dtype=np.float32)
+    done = 0
+    for block_MD in embed_blocks(encoder, texts, batch_tokens, progress, side):
+        embeddings_ND[done : done + len(block_MD)] = block_MD
+        done += len(block_MD)
+    return embeddings_ND
+
+
+def embed_blocks(
+    encoder: DualEncoder,
+    texts: Sequence[str],
+    batch_tokens: int = 8192,
+    progress: Callable[[int, int], None] | None = None,
+    side: Side = "chunk",
+) -> Iterator[np.ndarray]:
+    """Embeddings [M, D] of WINDOW texts at a time, float32, without gradient or dropout.
 
     Texts of like length share a batch of at most `batch_tokens` padded tokens (one text at least).
     `progress(done, total)` is called after each batch. Raises ValueError naming the first text
     whose embedding is not finite.
     """
-    embeddings_ND = np.empty((len(texts), encoder.dimension), dtype=np.float32)
     done = 0
-    with torch.no_grad(), evaluating(encoder):
-        for start in range(0, len(texts), WINDOW):
-            rows = encoder.tokenize(texts[start : start + WINDOW], side)
+    for start in range(0, len(texts), WINDOW):
+        rows = encoder.tokenize(texts[start : start + WINDOW], side)
+        block_MD = np.empty((len(rows), encoder.dimension), dtype=np.float32)
+        with torch.no_grad(), evaluating(encoder):
             for batch in batches([len(row) for row in rows], batch_tokens):
                 batch_BD = encoder.embed([rows[i] for i in batch], side).cpu().numpy()
                 wrong = batch[~np.isfinite(batch_BD).all(axis=1)]
                 if wrong.size:
                     raise ValueError(f"the embedding of {side} {start + wrong.min()} is not finite")
-                embeddings_ND[start + batch] = batch_BD
+                block_MD[batch] = batch_BD
                 done += len(batch)
                 if progress is not None:
                     progress(done, len(texts))
-    return embeddings_ND
+        yield block_MD
 
 
 def batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[np.ndarray]:

@@ -1,5 +1,6 @@
 """What holds for a while ends as it began."""
 
+import os
 from typing import get_args
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 import torch
 from torch.backends import cuda as kernels
 
-from rag2.modes import Precision, matmul
+from rag2.modes import Precision, computing_on, matmul
 from rag2.reindex.store import Store
 from rag2.retriever.encoder import DualEncoder
 
@@ -55,3 +56,14 @@ def test_an_index_is_the_same_whatever_the_precision_of_training(
         again = store.build(1, 0)
         rows_N = np.arange(len(made))
         np.testing.assert_array_equal(again.index.vectors(rows_N), made.index.vectors(rows_N))
+
+
+def test_threads_and_cores_hold_inside_alone():
+    cores, threads = os.sched_getaffinity(0), torch.get_num_threads()
+    one = {min(cores)}
+    with pytest.raises(ZeroDivisionError), computing_on(threads + 1, one):
+        assert os.sched_getaffinity(0) == one and torch.get_num_threads() == threads + 1
+        raise ZeroDivisionError
+    assert os.sched_getaffinity(0) == cores and torch.get_num_threads() == threads
+    with computing_on(None, None):
+        assert os.sched_getaffinity(0) == cores and torch.get_num_threads() == threads

@@ -59,6 +59,14 @@ RECIPES = {
             "Write the report of a comparison again, from its files.",
             "configs/demo/report.yaml results=runs/compare",
         ),
+        "refresh": (
+            "Time joint training with no re-index, a sync and an async one.",
+            "configs/demo/refresh.yaml out=runs/refresh",
+        ),
+        "steps": (
+            "Time one joint step in one pass and in two, and take its peak memory.",
+            "configs/demo/steps.yaml out=runs/steps",
+        ),
         "speed": (
             "Time the scoring of choices against lm-evaluation-harness.",
             "configs/demo/speed.yaml out=runs/speed",

@@ -1,6 +1,7 @@
-"""What holds for a while: a model in evaluation mode, a precision of matrix products."""
+"""What holds for a while: a model in evaluation mode, a precision of products, more cores."""
 
-from collections.abc import Iterator
+import os
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -41,3 +42,19 @@ def matmul(precision: Precision, device: str = "cpu") -> Iterator[None]:
             yield
         finally:
             torch.set_float32_matmul_precision(before)
+
+
+@contextmanager
+def computing_on(threads: int | None, cpus: Collection[int] | None) -> Iterator[None]:
+    """So many threads of torch, on these cores, inside; null: as before."""
+    before = torch.get_num_threads(), os.sched_getaffinity(0) if cpus else None
+    if cpus:
+        os.sched_setaffinity(0, cpus)  # first: a new thread is bound to the cores of its maker
+    if threads:
+        torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before[0])
+        if before[1]:
+            os.sched_setaffinity(0, before[1])

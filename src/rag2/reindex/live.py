@@ -13,8 +13,15 @@ import numpy as np
 
 from rag2 import artifact
 from rag2.index.generation import Generation
+from rag2.modes import computing_on
 from rag2.registry import UserError
-from rag2.reindex.policy import AdaptiveRefresh, AsyncRefresh, Background, EagerRefresh
+from rag2.reindex.policy import (
+    AdaptiveRefresh,
+    AsyncRefresh,
+    Background,
+    EagerRefresh,
+    SyncRefresh,
+)
 from rag2.reindex.process import Worker, WorkerFailed
 from rag2.reindex.store import Store
 
@@ -101,8 +108,9 @@ class LiveIndex:
                 fingerprint = self._store.snapshot(number, step + 1)
                 self._pending = Pending(number, step + 1, fingerprint)
                 self._launch()
-            else:
-                self._made = self._store.build(number, step + 1)
+            elif isinstance(self._policy, SyncRefresh):
+                with computing_on(self._policy.threads, self._policy.cpus):
+                    self._made = self._store.build(number, step + 1)
                 fingerprint = self._made.encoder_fingerprint
                 self._pending = Pending(number, step + 1, fingerprint)
         self._stalled += time.monotonic() - began

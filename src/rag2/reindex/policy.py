@@ -22,6 +22,11 @@ class SyncRefresh(Config):
 
     name: Literal["sync"] = "sync"
     every: int = Field(default=100, ge=1)
+    """training steps between two"""
+    threads: PositiveInt | None = None
+    """of re-encoding, where training has fewer; null: those of training"""
+    cpus: list[int] | None = None
+    """the cores for re-encoding; null: those of training"""
 
     def due(self, step: int, overlap: float | None = None) -> bool:
         """True after every `every`-th step."""

@@ -10,12 +10,14 @@ from rag2.retriever.encoder import DualEncoder, Side
 
 # Texts are tokenized and sorted by length this many at a time: it bounds the token ids in memory.
 WINDOW = 16_384
+# Padded tokens of a batch on a CPU, where what stays in its caches is a quarter faster; elsewhere.
+CPU_TOKENS, DEVICE_TOKENS = 2048, 8192
 
 
 def embed_corpus(
     encoder: DualEncoder,
     texts: Sequence[str],
-    batch_tokens: int = 8192,
+    batch_tokens: int | None = None,
     progress: Callable[[int, int], None] | None = None,
     side: Side = "chunk",
 ) -> np.ndarray:
@@ -31,22 +33,24 @@ def embed_corpus(
 def embed_blocks(
     encoder: DualEncoder,
     texts: Sequence[str],
-    batch_tokens: int = 8192,
+    batch_tokens: int | None = None,
     progress: Callable[[int, int], None] | None = None,
     side: Side = "chunk",
 ) -> Iterator[np.ndarray]:
     """Embeddings [M, D] of WINDOW texts at a time, float32, without gradient or dropout.
 
-    Texts of like length share a batch of at most `batch_tokens` padded tokens (one text at least).
-    `progress(done, total)` is called after each batch. Raises ValueError naming the first text
-    whose embedding is not finite.
+    Texts of like length share a batch of at most `batch_tokens` padded tokens (one text at least;
+    None: as many as suit the encoder's device). `progress(done, total)` is called after each batch.
+    Raises ValueError naming the first text whose embedding is not finite.
     """
     done = 0
+    on_cpu = encoder.log_scale.device.type == "cpu"
+    size = batch_tokens or (CPU_TOKENS if on_cpu else DEVICE_TOKENS)
     for start in range(0, len(texts), WINDOW):
         rows = encoder.tokenize(texts[start : start + WINDOW], side)
         block_MD = np.empty((len(rows), encoder.dimension), dtype=np.float32)
         with torch.no_grad(), evaluating(encoder):
-            for batch in batches([len(row) for row in rows], batch_tokens):
+            for batch in batches([len(row) for row in rows], size):
                 batch_BD = encoder.embed([rows[i] for i in batch], side).cpu().numpy()
                 wrong = batch[~np.isfinite(batch_BD).all(axis=1)]
                 if wrong.size:

@@ -31,6 +31,7 @@ MAX_SCALE = 100.0
 PIECE = 48  # chunks of one forward in training: enough to fill a core, or a GPU at 256 tokens each
 SHAPE = {"hidden", "layers", "heads", "intermediate", "max_positions"}
 PROBE = "The 2nd Cafe-goer's naive question: ÉCLAIR, 1,024 kg?"
+TOKENIZED = 1024  # texts tokenized at once: the tokenizer's own records of them are large
 logger = logging.getLogger(__name__)
 
 
@@ -225,14 +226,17 @@ class DualEncoder(nn.Module):
         question = side == "question"
         prefix = self.config.question_prefix if question else self.config.chunk_prefix
         limit = self.config.max_question_tokens if question else self.config.max_chunk_tokens
-        prepared = [prefix + text for text in texts]
-        encoded = self.tokenizer(prepared, truncation=True, max_length=limit)
-        cut = sum(bool(encoding.overflowing) for encoding in encoded.encodings or [])
-        if cut and not self.truncated[side]:
-            logger.warning("%s texts longer than %d tokens are cut", side, limit)
-        self.truncated[side] += cut
-        # A tokenizer without special tokens makes nothing of "": one padding token stands for it.
-        return [row or [self._pad_id] for row in encoded.input_ids]
+        rows = []
+        for start in range(0, len(texts), TOKENIZED):
+            prepared = [prefix + text for text in texts[start : start + TOKENIZED]]
+            encoded = self.tokenizer(prepared, truncation=True, max_length=limit)
+            cut = sum(bool(encoding.overflowing) for encoding in encoded.encodings or [])
+            if cut and not self.truncated[side]:
+                logger.warning("%s texts longer than %d tokens are cut", side, limit)
+            self.truncated[side] += cut
+            # A tokenizer without special tokens makes nothing of "": a padding token stands for it.
+            rows += [row or [self._pad_id] for row in encoded.input_ids]
+        return rows
 
     def embed(self, rows: Sequence[Sequence[int]], side: Side) -> Tensor:
         """Embeddings [B, D] of token id rows, float32, pooled in float32, with gradient."""

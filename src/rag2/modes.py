@@ -36,6 +36,8 @@ def matmul(precision: Precision, device: str = "cpu") -> Iterator[None]:
     # The CPU's fused kernel multiplies small blocks, each rounded anew: at 80 tokens its backward
     # pass takes twice the time that it takes at "highest".
     fused = precision != "medium" or device != "cpu"
+    # oneDNN keeps the code it made for each number of rows, .6 MiB a time, a thousand of them.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
     with sdpa_kernel([SDPBackend.MATH, *(FUSED if fused else [])]):
         torch.set_float32_matmul_precision(precision)
         try:

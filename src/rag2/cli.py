@@ -71,6 +71,10 @@ RECIPES = {
             "Time the scoring of choices against lm-evaluation-harness.",
             "configs/demo/speed.yaml out=runs/speed",
         ),
+        "scaling": (
+            "Measure what an index refresh costs, and plan it for larger corpora.",
+            "configs/demo/scaling.yaml out=runs/scaling",
+        ),
     },
 }
 

@@ -8,7 +8,7 @@ rag2 eval scaling encode_rate=500 step_seconds=2 ages=[1000] out=runs/what-if
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -56,6 +56,8 @@ class ScalingConfig(config.Config):
     """of torch and FAISS"""
     rounds: PositiveInt = 3
     """repetitions of each measurement; medians count"""
+    clock: Literal["wall", "cpu"] = "wall"
+    """what the plan goes by; cpu: seconds of CPU time, where other programs share the machine"""
     shapes: list[Shape] = Field(
         default=[
             Shape(hidden=128, layers=2, heads=2, chunks=2048),
@@ -66,14 +68,14 @@ class ScalingConfig(config.Config):
     )
     chunk_tokens: int = Field(default=128, ge=8, le=512)
     vectors: list[Annotated[int, Field(ge=100)]] = Field(
-        default=[10_000, 30_000, 100_000], min_length=2
+        default=[10_000, 20_000, 40_000], min_length=2
     )
     """sizes at which indexes are built, of the last shape's dimension"""
     text_bytes: PositiveInt = 700
     """of a chunk's text, title and document name"""
     corpora: list[PositiveInt] = [1_000_000, 21_000_000, 400_000_000]
     encode_rate: PositiveFloat | None = None
-    """chunks a second of one device; null: as measured here"""
+    """chunks a second of one device; null: of the last shape, as measured here"""
     step_seconds: PositiveFloat = 1.0
     """of a training step"""
     ages: list[Annotated[int, Field(ge=2)]] = [500, 1000, 5000]
@@ -95,6 +97,8 @@ class ScalingConfig(config.Config):
             raise ValueError(f"lag={self.lag} must be below every={self.every}")
         if len({*self.vectors}) < 2:
             raise ValueError("vectors needs two different sizes: one shows no growth")
+        if self.clock == "cpu" and (self.threads > 1 or self.device != "cpu"):
+            raise ValueError("clock=cpu needs threads=1 and device=cpu: others work at once")
         return self
 
 
@@ -159,12 +163,15 @@ def indexes(cfg: ScalingConfig) -> list[dict]:
     vectors_ND = rates.directions(sizes[-1], dimension, cfg.seed)
     rows = []
     for name, backend in backends().items():
-        took = [rates.build_seconds(backend, vectors_ND[:n], cfg.rounds) for n in sizes]
+        measured = [rates.build_seconds(backend, vectors_ND[:n], cfg.rounds) for n in sizes]
+        wall, cpu = zip(*measured, strict=True)
+        took = cpu if cfg.clock == "cpu" else wall
         units = [work(backend, n) for n in sizes]
         line = budget.fit(units, took)
         row = {
             "index": name,
-            "seconds": dict(zip(map(str, sizes), took, strict=True)),
+            "wall_seconds": dict(zip(map(str, sizes), wall, strict=True)),
+            "cpu_seconds": dict(zip(map(str, sizes), cpu, strict=True)),
             "fixed_seconds": line.fixed,
             "seconds_per_unit": line.each,
             # of the line through the smaller sizes: how far the shape of the growth can be trusted
@@ -186,7 +193,8 @@ def disk(cfg: ScalingConfig, out: Path) -> dict[str, float]:
 
 def projected(cfg: ScalingConfig, results: dict) -> list[dict]:
     """Each corpus behind each index: bytes, seconds of a refresh, devices for each age."""
-    rate = cfg.encode_rate or results["encode"][-1]["chunks_per_second"]
+    measured = "cpu_chunks_per_second" if cfg.clock == "cpu" else "chunks_per_second"
+    rate = cfg.encode_rate or results["encode"][-1][measured]
     lines = {r["index"]: (r["fixed_seconds"], r["seconds_per_unit"]) for r in results["index"]}
     rows = []
     for count in cfg.corpora:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -98,13 +99,14 @@ def test_the_plan_follows_from_the_rate_given_and_the_file_holds_what_is_shown(
         ("ages=[1]", "ages"),
         ("shapes=[]", "shapes"),
         ("encode_rate=0", "encode_rate"),
+        ("clock=cpu threads=2", "clock=cpu needs threads=1"),
     ],
 )
 def test_impossible_settings_are_refused_in_one_line(
     recipe: Callable[[str], ModuleType], word: str, message: str
 ):
     with pytest.raises(UserError, match=message) as caught:
-        load(recipe, word)
+        load(recipe, *re.split(r" (?=\w+=)", word))
     assert "\n" not in str(caught.value)
 
 

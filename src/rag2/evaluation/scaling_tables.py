@@ -35,20 +35,22 @@ def encoding(results: dict[str, Any]) -> Table:
 
 def building(results: dict[str, Any]) -> Table:
     """Each index's builds, what the smaller ones forecast for the largest, and its bytes."""
-    disk, dimension = results["disk"], results["settings"]["shapes"][-1]["hidden"]
+    disk, settings = results["disk"], results["settings"]
     title = (
-        f"building indexes of {dimension} dimensions; a generation is committed at "
+        f"building indexes of {settings['shapes'][-1]['hidden']} dimensions, seconds by the "
+        f"{settings['clock']} clock; a generation is committed at "
         f"{disk['commit_per_second'] / 1e6:.0f} and read at "
         f"{disk['read_per_second'] / 1e6:.0f} MB/s"
     )
-    sizes = results["index"][0]["seconds"]
+    clock = f"{settings['clock']}_seconds"
+    sizes = results["index"][0][clock]
     return _table(
         title,
         ["index", *(f"s for {n}" for n in sizes), "forecast / s", "fixed s", "bytes each"],
         [
             [
                 row["index"],
-                *(f"{s:.2f}" for s in row["seconds"].values()),
+                *(f"{s:.2f}" for s in row[clock].values()),
                 f"{row['largest_predicted_over_measured']:.2f}",
                 f"{row['fixed_seconds']:.2f}",
                 f"{row['bytes_per_vector']:.0f}",

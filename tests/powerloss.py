@@ -69,6 +69,7 @@ class Settings(config.Config):
 
     out: str
     resume: bool = False
+    log_with: list[str] = []
 
 
 class Writer:
@@ -126,7 +127,7 @@ def read(root: Path, goes_on: bool) -> Found:
         if start:
             writer.store.load(writer.run.extra["generation"])
             artifact.verify(writer.store.snapshots / f"{start:06d}", kind=worker.KIND)
-        lines = writer.run.log.path.read_text(encoding="utf-8").splitlines()
+        lines = (root / "runs" / "a" / "log.jsonl").read_text(encoding="utf-8").splitlines()
         steps = [json.loads(line)["step"] for line in lines]
         assert steps == list(range(start)), f"the log has the steps {steps}, the run {start}"
         if goes_on:

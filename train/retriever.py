@@ -25,7 +25,7 @@ from rag2.modes import Precision, matmul
 from rag2.registry import UserError
 from rag2.retriever.embed import embed_corpus
 from rag2.retriever.encoder import DualEncoder, EncoderConfig
-from rag2.training import batches, checkpoint, optim
+from rag2.training import batches, checkpoint, optim, track
 from rag2.training.interrupt import Stop
 from rag2.training.log import Clock, progress
 from rag2.training.run import Run
@@ -65,6 +65,8 @@ class RetrieverConfig(pipeline.Inputs):
     """validations without a better recall@5 before it stops"""
     checkpoint_every: int = Field(default=500, ge=1)
     resume: bool = False
+    log_with: track.Names = []
+    """trackers that get the log's figures too: tensorboard, trackio, wandb, ..."""
 
     @model_validator(mode="after")
     def _spans_have_lengths(self) -> "RetrieverConfig":

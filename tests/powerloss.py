@@ -69,6 +69,7 @@ class Settings(config.Config):
 
     out: str
     resume: bool = False
+    log_with: list[str] = []
 
 
 class Writer:

@@ -101,6 +101,7 @@ class Settings(config.Config):
     lr: float = 0.1
     steps: int = 10
     resume: bool = False
+    log_with: list[str] = []
 
 
 def test_the_log_is_cut_back_to_the_step_and_its_floats_round_trip(tmp_path: Path):

@@ -146,8 +146,10 @@ def test_a_mistake_ends_a_process_with_status_two_and_one_line(home: Path, tmp_p
 @pytest.mark.parametrize(
     ("kind", "setting", "named"),
     [
-        ("retriever", "words=[12,4]", "the fewest are more than the most"),
-        ("retriever", "words=[0,4]", "words"),
+        ("retriever", "pairs.words=[12,4]", "the fewest are more than the most"),
+        ("retriever", "pairs.words=[0,4]", "words"),
+        ("retriever", "pairs=question", "questions"),
+        ("retriever", "log_with=[trakio]", "'trackio'"),
         ("joint", "seed=-1", "seed"),
         ("joint", "betas=[1.5,2]", "betas"),
         ("joint", "jobs=0", "jobs"),

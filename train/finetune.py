@@ -15,7 +15,7 @@ from rag2.generator.load import Generator
 from rag2.kb.store import KnowledgeBase
 from rag2.modes import Precision, matmul
 from rag2.registry import UserError
-from rag2.training import checkpoint, distributed, optim
+from rag2.training import checkpoint, distributed, optim, track
 from rag2.training.choices import Objective, Tuning
 from rag2.training.interrupt import Stop
 from rag2.training.log import Clock, progress
@@ -60,6 +60,8 @@ class FinetuneConfig(pipeline.Inputs):
     """of float32 products while training: medium is in bfloat16 where the CPU can (AMX)"""
     checkpoint_every: int = Field(default=500, ge=1)
     resume: bool = False
+    log_with: track.Names = []
+    """trackers that get the log's figures too: tensorboard, trackio, wandb, ..."""
 
 
 def main(cfg: FinetuneConfig) -> dict[str, float]:

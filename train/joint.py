@@ -32,7 +32,7 @@ from rag2.reindex.staleness import Staleness
 from rag2.reindex.store import Store
 from rag2.retriever.embed import embed_corpus
 from rag2.retriever.encoder import DualEncoder, EncoderConfig
-from rag2.training import batches, checkpoint, distributed, optim
+from rag2.training import batches, checkpoint, distributed, optim, track
 from rag2.training.candidates import Candidates, Proposals, rerank
 from rag2.training.choices import Index, Loss, Refresh, Step, Tuning
 from rag2.training.interrupt import Stop
@@ -89,6 +89,8 @@ class JointConfig(pipeline.Inputs):
     """of float32 products while training: medium is in bfloat16 where the CPU can (AMX)"""
     checkpoint_every: int = Field(default=100, ge=1)
     resume: bool = False
+    log_with: track.Names = []
+    """trackers that get the log's figures too: tensorboard, trackio, wandb, ..."""
 
 
 def main(cfg: JointConfig) -> dict[str, float]:

@@ -21,7 +21,7 @@ from rag2.generator.logprob import sequence_nll
 from rag2.generator.prompt import Prompt
 from rag2.modes import Precision, matmul
 from rag2.registry import UserError
-from rag2.training import batches, checkpoint, optim
+from rag2.training import batches, checkpoint, optim, track
 from rag2.training.interrupt import Stop
 from rag2.training.log import Clock, progress
 from rag2.training.run import Run
@@ -80,6 +80,8 @@ class PretrainConfig(pipeline.Inputs):
     """of float32 products while training: medium is in bfloat16 where the CPU can (AMX)"""
     checkpoint_every: int = Field(default=500, ge=1)
     resume: bool = False
+    log_with: track.Names = []
+    """trackers that get the log's figures too: tensorboard, trackio, wandb, ..."""
 
 
 def main(cfg: PretrainConfig) -> dict[str, float]:

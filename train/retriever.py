@@ -1,11 +1,13 @@
-"""Warm start: the corpus alone -> an encoder whose neighbours are about the same thing.
+"""Warm start: the corpus, or questions with evidence -> an encoder that finds what is asked for.
 
     rag2 train retriever -c configs/demo/retriever.yaml out=runs/retriever
+    rag2 train retriever -c configs/demo/retriever.yaml pairs=questions out=runs/dpr
 
-Unsupervised contrastive training (InfoNCE, van den Oord et al. 2018; independent cropping as in
-Contriever, Izacard et al. 2022): the query is a span of words from a chunk, the positive is that
-chunk, or another one under the same title. It goes on until recall@5 on validation questions stops
-rising; the questions decide when to stop and nothing else.
+Contrastive training (InfoNCE, van den Oord et al. 2018): a query, the chunk that belongs to it, and
+the chunks of others. `pairs=spans` takes both from the corpus alone (independent cropping as in
+Contriever, Izacard et al. 2022); `pairs=questions` takes training questions and their gold chunks,
+with hard negatives (DPR, Karpukhin et al. 2020). It goes on until recall@5 on validation questions
+stops rising; those decide when to stop and nothing else.
 """
 
 import copy
@@ -14,20 +16,22 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field
 
 from rag2 import config, pipeline
 from rag2.evaluation.questions import load_questions, split
 from rag2.index.flat import Flat
 from rag2.kb.store import KnowledgeBase
-from rag2.losses.contrastive import info_nce, same_group
+from rag2.losses.contrastive import info_nce
 from rag2.modes import Precision, matmul
 from rag2.registry import UserError
 from rag2.retriever.embed import embed_corpus
 from rag2.retriever.encoder import DualEncoder, EncoderConfig
-from rag2.training import batches, checkpoint, optim
+from rag2.training import checkpoint, optim, track
+from rag2.training.choices import Pairs
 from rag2.training.interrupt import Stop
 from rag2.training.log import Clock, progress
+from rag2.training.pairs import Spans
 from rag2.training.run import Run
 from rag2.training.sequences import load_tokenizer
 from rag2.training.watch import Watch
@@ -46,10 +50,8 @@ class RetrieverConfig(pipeline.Inputs):
     tokenizer: str | None = None
     """tokenizer of an encoder from scratch; a pretrained encoder brings its own"""
     encoder: EncoderConfig = EncoderConfig()
-    siblings: float = Field(default=0.5, ge=0, le=1)
-    """share of queries whose positive is another chunk under the same title"""
-    words: tuple[PositiveInt, PositiveInt] = (4, 12)
-    """fewest and most words of a query span"""
+    pairs: Pairs = Spans()
+    """spans: of the corpus alone; questions: training questions and their evidence"""
     steps: int = Field(default=1000, ge=0)
     """the most steps; validation stops earlier"""
     batch_size: int = Field(default=64, ge=2)
@@ -65,49 +67,8 @@ class RetrieverConfig(pipeline.Inputs):
     """validations without a better recall@5 before it stops"""
     checkpoint_every: int = Field(default=500, ge=1)
     resume: bool = False
-
-    @model_validator(mode="after")
-    def _spans_have_lengths(self) -> "RetrieverConfig":
-        if self.words[0] > self.words[1]:
-            raise ValueError(f"words={list(self.words)}: the fewest are more than the most")
-        return self
-
-
-class Pairs:
-    """(query, positive chunk) views of a corpus, as a function of (seed, step)."""
-
-    def __init__(self, chunks: Sequence[Chunk], cfg: RetrieverConfig) -> None:
-        self.chunks, self.cfg = chunks, cfg
-        groups: dict[str, list[int]] = {}
-        for row, chunk in enumerate(chunks):
-            groups.setdefault(chunk.title or chunk.document, []).append(row)
-        self.members = list(groups.values())
-        self.group = np.empty(len(chunks), dtype=np.int64)
-        for number, rows in enumerate(self.members):
-            self.group[rows] = number
-
-    def batch(self, step: int) -> tuple[list[str], list[str], torch.Tensor]:
-        """Queries, positive passages, and the group of each, which is no negative for itself."""
-        rng = batches.generator(self.cfg.seed, step, 7)
-        rows = batches.sample(len(self.chunks), self.cfg.batch_size, self.cfg.seed, step)
-        queries, passages = [], []
-        for row in rows:
-            others = [r for r in self.members[self.group[row]] if r != row]
-            positive = row
-            if others and rng.random() < self.cfg.siblings:
-                positive = others[rng.integers(len(others))]
-            queries.append(self._span(self.chunks[row], rng))
-            passages.append(self.chunks[positive].passage)
-        return queries, passages, torch.from_numpy(self.group[rows])
-
-    def _span(self, chunk: Chunk, rng: np.random.Generator) -> str:
-        """Consecutive words of the text with the title somewhere among them, as in a question."""
-        words = chunk.text.split()
-        length = min(len(words), int(rng.integers(self.cfg.words[0], self.cfg.words[1] + 1)))
-        start = int(rng.integers(len(words) - length + 1))
-        span = words[start : start + length]
-        span.insert(int(rng.integers(length + 1)), chunk.title)
-        return " ".join(span).strip()
+    log_with: track.Names = []
+    """trackers that get the log's figures too: tensorboard, trackio, wandb, ..."""
 
 
 def recall_at_5(encoder: DualEncoder, chunks: Sequence[Chunk], watch: Watch) -> float:
@@ -127,12 +88,14 @@ def main(cfg: RetrieverConfig) -> dict[str, float]:
         chunks = kb.chunks()
     if not chunks:
         raise UserError(f"{cfg.kb}: the knowledge base is empty")
-    watch = Watch(split(load_questions(cfg.questions), "validation"), chunks)
+    everything = load_questions(cfg.questions)
+    watch = Watch(split(everything, "validation"), chunks)
     if not watch.questions:  # nothing to stop by
         raise UserError(f"{cfg.questions}: no validation question names evidence in {cfg.kb}")
+    train = [question for question in everything if question.split == "train"]
+    draw = cfg.pairs.prepare(chunks, train, cfg.batch_size, cfg.seed)
     tokenizer = load_tokenizer(cfg.tokenizer) if cfg.tokenizer and not pretrained else None
     encoder = DualEncoder.build(cfg.encoder, tokenizer)
-    pairs = Pairs(chunks, cfg)
     weights = optim.trainable([encoder])
     optimizer = optim.adamw({"retriever": (weights, cfg.lr)}, cfg.weight_decay, cfg.betas)
     best = copy.deepcopy(encoder)  # a module, so that checkpoints hold it too
@@ -147,11 +110,11 @@ def main(cfg: RetrieverConfig) -> dict[str, float]:
         for step in range(run.start, cfg.steps):
             if waited >= cfg.patience:
                 break
-            queries, passages, group_B = pairs.batch(step)
-            queries_BD, chunks_BD, scale = encoder(queries, passages)
-            positive_B = torch.arange(len(queries))
+            batch = draw(step)
+            queries_BD, chunks_ND, scale = encoder(batch.queries, batch.passages)
+            positive_B = torch.arange(len(batch.queries))
             loss = info_nce(
-                queries_BD, chunks_BD, positive_B, scale, same_group(group_B, group_B), True
+                queries_BD, chunks_ND, positive_B, scale, batch.mask_BN, batch.symmetric
             )
             optimizer.zero_grad(set_to_none=True)
             loss.backward()

@@ -103,8 +103,17 @@ def overrides(given: dict[str, Any], changes: dict[str, Any]) -> list[str]:
         f"{path}={yaml12.render(value, flow=True)}"
         for key, block in sorted(changes.items())
         if not (key in given and _says(given[key], block))
-        for path, value in _leaves(key, block)
+        for path, value in leaves(key, block)
     ]
+
+
+def leaves(path: str, block: Any) -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of every value below a block of settings."""
+    if isinstance(block, dict) and block:
+        for key, value in block.items():
+            yield from leaves(f"{path}.{key}", value)
+    else:
+        yield path, block
 
 
 def dump(cfg: Config) -> str:
@@ -247,15 +256,6 @@ def _merge(old: Any, new: Any, standard: Any) -> Any:
         for key, value in new.items()
     }
     return old | merged
-
-
-def _leaves(path: str, block: Any) -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of every value below a block of settings."""
-    if isinstance(block, dict) and block:
-        for key, value in block.items():
-            yield from _leaves(f"{path}.{key}", value)
-    else:
-        yield path, block
 
 
 def _says(given: Any, block: Any) -> bool:

@@ -60,6 +60,10 @@ TABLES: dict[str, dict[str, str]] = {
         "unsupervised": "rag2.training.objectives:Unsupervised",
         "supervised": "rag2.training.objectives:Supervised",
     },
+    "pairs": {
+        "spans": "rag2.training.pairs:Spans",
+        "questions": "rag2.training.pairs:Questions",
+    },
     "step": {
         "one_pass": "rag2.training.step:OnePass",
         "two_pass": "rag2.training.step:TwoPass",

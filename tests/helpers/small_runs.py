@@ -77,12 +77,12 @@ def killed_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """Let the next run die in the middle of writing the line of `step` to its log."""
     honest = RunLog.write
 
-    def write(self: RunLog, **values: Any) -> None:
+    def write(self: RunLog, **values: Any) -> dict[str, Any]:
         if values["step"] == step:
             self._file.write(json.dumps(values)[:20])
             self.close()
             raise Killed
-        honest(self, **values)
+        return honest(self, **values)
 
     monkeypatch.setattr(RunLog, "write", write)
 

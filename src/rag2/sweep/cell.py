@@ -18,7 +18,7 @@ from rag2.registry import UserError
 MARK = "cell.json"  # in a cell's directory: its key, whether it is done, and its figures
 YAML = "cell.yaml"  # the resolved configuration, which the recipe is run with
 # Settings that say where and how, not what. `recipes` and `stage` count by the keys of the stages.
-FREE = ("out", "home", "recipes", "stage", "jobs", "resume")
+FREE = ("out", "home", "recipes", "stage", "jobs", "resume", "log_with")
 # Their values are words, though a file or a folder may happen to be called so.
 WORDS = ("name", "split", "device", "dtype", "arms")
 # Inputs that are files, and those that are models: a folder, or a name on the hub.

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 from rag2 import config
 
 if TYPE_CHECKING:  # a checker cannot see a union that is built from the registry
-    World = Loss = Step = Tuning = Index = Refresh = Objective = Any
+    World = Loss = Step = Tuning = Index = Refresh = Objective = Pairs = Any
 else:
     World = config.choice("world")
     Loss = config.choice("loss")
@@ -14,3 +14,4 @@ else:
     Index = config.choice("index")
     Refresh = config.choice("refresh")
     Objective = config.choice("objective")
+    Pairs = config.choice("pairs")

@@ -47,10 +47,15 @@ class RunLog:
         artifact.replace(self.path, "".join(kept))
         self._file = self.path.open("a", encoding="utf-8")
 
-    def write(self, **values: Any) -> None:
-        """Write one line, with the peak memory until now; it is on its way to disk on return."""
-        self._file.write(json.dumps({**values, "peak_memory_bytes": peak_memory()}) + "\n")
+    def write(self, **values: Any) -> dict[str, Any]:
+        """Write one line, with the peak memory until now; it is on its way to disk on return.
+
+        Returns what the line holds.
+        """
+        line = {**values, "peak_memory_bytes": peak_memory()}
+        self._file.write(json.dumps(line) + "\n")
         self._file.flush()
+        return line
 
     def sync(self) -> None:
         """Make durable what was written: before a checkpoint promises to go on after it."""

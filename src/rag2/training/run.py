@@ -12,12 +12,12 @@ from rag2.generator.load import Generator
 from rag2.generator.prompt import Prompt
 from rag2.registry import UserError
 from rag2.retriever.encoder import DualEncoder
-from rag2.training import checkpoint, distributed
+from rag2.training import checkpoint, distributed, track
 from rag2.training.log import NoLog, RunLog
 from rag2.training.optim import Optimizer
 
 # Keys that may differ between a run and its continuation.
-FREE = ("steps", "resume", "jobs")
+FREE = ("steps", "resume", "jobs", "log_with")
 
 
 class Settings(Protocol):
@@ -27,6 +27,8 @@ class Settings(Protocol):
     def out(self) -> str: ...
     @property
     def resume(self) -> bool: ...
+    @property
+    def log_with(self) -> list[str]: ...
 
 
 MADE = ("checkpoints", "generations", "snapshots", "final")
@@ -39,8 +41,9 @@ class Run:
         """Start or continue the run.
 
         Raises UserError when it was begun with another config, when `out` holds what this run did
-        not make, and when another process is writing to it.
+        not make, when another process is writing to it, and when a tracker cannot start.
         """
+        track.check_installed(cfg.log_with)
         self.out = Path(cfg.out)
         self.modules, self.optimizer = modules, optimizer
         saved = self.out / "config.yaml"
@@ -55,8 +58,11 @@ class Run:
         self.start: int = state["step"] if state else 0
         self.extra: dict[str, Any] = state["extra"] if state else {}
         distributed.barrier()  # every process has read what the first one may now replace
-        self.log = RunLog(self.out, self.start) if distributed.rank() == 0 else NoLog()
+        self.log: RunLog | track.TrackedLog | NoLog = NoLog()
         if distributed.rank() == 0:
+            self.log = log = RunLog(self.out, self.start)
+            if cfg.log_with:
+                self.log = track.TrackedLog(log, cfg, self.out, self.start)
             if state is None:  # from step 0: what was left before the first checkpoint goes
                 for name in MADE:
                     shutil.rmtree(self.out / name, ignore_errors=True)

@@ -31,7 +31,7 @@ def world(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
 
 
 def health(chunks: np.ndarray, questions: np.ndarray) -> Health:
-    return Health.of(chunks, np.argsort(-(questions @ chunks.T), axis=1)[:, :5])
+    return Health.of(chunks, np.argsort(-(questions @ chunks.T), axis=1)[:, :10], CHUNKS)
 
 
 def cone(rng: np.random.Generator, chunks: np.ndarray, questions: np.ndarray) -> list[np.ndarray]:
@@ -78,18 +78,22 @@ def test_a_healthy_retriever_is_left_in_peace(rng: np.random.Generator):
 def test_the_figures_are_those_of_their_definitions():
     axes = np.eye(4, dtype=np.float32)
     found = np.array([[0, 1], [0, 2], [3, 0]])
-    spread = Health.of(axes, found)
+    spread = Health.of(axes, found, 5)
     assert spread.effective_rank == pytest.approx(4) and spread.mean_cosine == pytest.approx(0)
     assert spread.top1_share == pytest.approx(2 / 3) and spread.unique_rate == pytest.approx(4 / 6)
-    same = Health.of(np.tile(axes[:1], (4, 1)), found)
+    times = np.array([3, 1, 1, 1, 0])  # N_2 of the five chunks
+    moments = [np.mean((times - times.mean()) ** power) for power in (2, 3)]
+    assert spread.skewness == pytest.approx(moments[1] / moments[0] ** 1.5)
+    assert Health.of(axes, np.array([[0, 1], [2, 3]]), 4).skewness == 0
+    same = Health.of(np.tile(axes[:1], (4, 1)), found, 4)
     assert same.effective_rank == pytest.approx(1) and same.mean_cosine == pytest.approx(1)
 
 
-def test_a_collapsed_generation_warns_or_is_not_swapped_in(
+def test_a_collapsed_generation_warns_or_cuts_once_or_is_not_swapped_in(
     home: Path, tmp_path: Path, chunks: list[Chunk], caplog: pytest.LogCaptureFixture
 ):
     asked = [" ".join(chunk.text.split()[:8]) for chunk in chunks[:40]]
-    for action in ("warn", "stop"):
+    for action in ("warn", "cut", "stop"):
         encoder = DualEncoder.load(home / "retriever")
         roughen(encoder.towers, 0.1)  # fresh weights hold all texts for alike
         store = Store(tmp_path / action, chunks, encoder, Flat(device="cpu"), 1, "h")
@@ -101,13 +105,16 @@ def test_a_collapsed_generation_warns_or_is_not_swapped_in(
             if "word_embeddings" in name:
                 weight.data.mul_(1e-4)  # all words are one
         live.refresh(0)
-        if action == "warn":
+        if action != "stop":
             assert live.poll(0) and "the retriever is collapsing (index of step 1)" in caplog.text
             assert watchdog.figures()["mean_cosine"] > 0.9
+            caplog.clear()
+            assert watchdog.rate == (0.1 if action == "cut" else 1.0)
+            again = Watchdog(Guard(action=action), encoder, asked, watchdog.state())
+            again.check(live.generation)  # as a run does that goes on from a checkpoint
+            assert again.rate == watchdog.rate and again.first == watchdog.first
             caplog.clear()
         else:
             with pytest.raises(UserError, match="collapsing .* Lower lr_retriever"):
                 live.poll(0)
             assert live.generation is first
-    again = Watchdog(Guard(), encoder, asked, watchdog.state()["first_health"])
-    assert again.first == watchdog.first

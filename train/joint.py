@@ -148,7 +148,9 @@ def main(cfg: JointConfig) -> dict[str, float]:
             distributed.average_gradients(weights)
             loss = float(result.loss_B.mean())
             norm = optim.clip(weights, loss, cfg.max_norm, step)
-            lr = optim.set_lr(optimizer, cfg.schedule.factor(step, cfg.steps))
+            lr = optim.set_lr(
+                optimizer, cfg.schedule.factor(step, cfg.steps), retriever=telemetry.watchdog.rate
+            )
             optimizer.step()
             told |= telemetry.after(step, index)
 

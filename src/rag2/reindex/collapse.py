@@ -20,7 +20,8 @@ from rag2.retriever.encoder import DualEncoder
 logger = logging.getLogger(__name__)
 SAMPLE = 1024  # chunks whose embeddings are looked at
 ASKED = 256  # validation questions that are searched with
-FOUND = 5  # chunks found for each
+FOUND = 10  # chunks found for each
+CUT = 0.1  # what is left of the retriever's learning rate after a cut
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,10 +36,12 @@ class Health:
     """share of the questions whose first chunk is the most frequent first chunk"""
     unique_rate: float
     """distinct chunks among all that are found, as a share of what there could be"""
+    skewness: float
+    """of N_k, how often each chunk is among the k found (Radovanovic et al. 2010): hubs raise it"""
 
     @classmethod
-    def of(cls, vectors_PD: np.ndarray, found_QK: np.ndarray) -> "Health":
-        """Of some embeddings, and of the chunk ids found for some questions."""
+    def of(cls, vectors_PD: np.ndarray, found_QK: np.ndarray, chunks: int) -> "Health":
+        """Of some embeddings, and of the ids found for some questions among so many chunks."""
         unit_PD = vectors_PD / np.linalg.norm(vectors_PD, axis=1, keepdims=True)
         total = len(unit_PD)
         pairs = max(1, total * (total - 1))
@@ -46,20 +49,24 @@ class Health:
         shares = np.linalg.svd(unit_PD.astype(np.float64), compute_uv=False)
         shares = shares[shares > 0] / shares.sum()
         _, counts = np.unique(found_QK[:, 0], return_counts=True)
-        distinct = len(np.unique(found_QK))
+        _, times = np.unique(found_QK, return_counts=True)
+        often_N = np.concatenate([times, np.zeros(chunks - len(times))])
+        centred_N, spread = often_N - often_N.mean(), often_N.std()
         return cls(
             effective_rank=float(np.exp(-(shares * np.log(shares)).sum())),
             mean_cosine=float(cosine),
             top1_share=float(counts.max() / len(found_QK)),
-            unique_rate=distinct / found_QK.size,
+            unique_rate=len(times) / found_QK.size,
+            skewness=float((centred_N**3).mean() / (spread**3 or 1.0)),  # all equally often: 0
         )
 
 
 class Guard(Config):
     """What counts as a collapse, measured against the generation that training began with."""
 
-    action: Literal["warn", "stop"] = "warn"
-    """stop: the generation is not swapped in, and training ends with one line"""
+    action: Literal["warn", "cut", "stop"] = "warn"
+    """cut: the retriever learns on at a tenth of its rate; stop: the generation is not swapped in,
+    and training ends with one line"""
     min_rank: float = Field(default=0.3, ge=0, le=1)
     """effective rank as a share of the first generation's"""
     max_cosine: float = Field(default=0.6, ge=0, le=1)
@@ -89,21 +96,28 @@ class Watchdog:
         guard: Guard,
         encoder: DualEncoder,
         questions: Sequence[str],
-        first: Mapping[str, float] | None = None,
+        state: Mapping[str, Any] | None = None,
     ) -> None:
-        """`first` is the first generation's health as a checkpoint has it; None: yet to be seen."""
+        """`state` is what a checkpoint has of it; None: the first generation is yet to be seen."""
         self.guard, self.encoder, self.questions = guard, encoder, list(questions[:ASKED])
+        first = (state or {}).get("first_health")
         self.first = Health(**first) if first else None
         self.latest = self.first
+        self.cuts: list[int] = list((state or {}).get("cuts", []))
+
+    @property
+    def rate(self) -> float:
+        """The share of its learning rate that the retriever has been left with."""
+        return CUT ** len(self.cuts)
 
     def check(self, generation: Generation) -> None:
-        """Warn of a generation that has collapsed, or raise UserError, as the guard says."""
+        """Warn of a generation that has collapsed, cut, or raise UserError, as the guard says."""
         if not self.questions:
             return
         rows_P = np.unique(np.linspace(0, len(generation) - 1, SAMPLE).astype(np.int64))
         queries_QD = embed_corpus(self.encoder, self.questions, side="question")
         _, found_QK = generation.index.search(queries_QD, min(FOUND, len(generation)))
-        self.latest = Health.of(generation.index.vectors(rows_P), found_QK)
+        self.latest = Health.of(generation.index.vectors(rows_P), found_QK, len(generation))
         self.first = self.first or self.latest
         if wrong := self.guard.complaints(self.first, self.latest):
             what = (
@@ -111,6 +125,10 @@ class Watchdog:
             )
             if self.guard.action == "stop":
                 raise UserError(f"{what}. Lower lr_retriever, or add candidates by bm25 or random")
+            # A run that goes on from a checkpoint looks at its generation again.
+            if self.guard.action == "cut" and generation.step not in self.cuts:
+                self.cuts.append(generation.step)
+                what += f"; its learning rate is now {self.rate:g} of what it was"
             logger.warning("%s", what)
 
     def figures(self) -> dict[str, float]:
@@ -119,4 +137,4 @@ class Watchdog:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint must hold."""
-        return {"first_health": asdict(self.first) if self.first else None}
+        return {"first_health": asdict(self.first) if self.first else None, "cuts": self.cuts}

@@ -152,10 +152,13 @@ class Joined:
 Optimizer = torch.optim.Optimizer | Joined
 
 
-def set_lr(optimizer: Optimizer, factor: float) -> dict[str, float]:
-    """Set every group's learning rate to `factor` x its peak; returns name -> learning rate."""
+def set_lr(optimizer: Optimizer, factor: float, **left: float) -> dict[str, float]:
+    """Set every group's learning rate to `factor` x its peak; returns name -> learning rate.
+
+    `left`: name -> the share of it that a group is left with.
+    """
     for group in optimizer.param_groups:
-        group["lr"] = group["peak"] * factor
+        group["lr"] = group["peak"] * factor * left.get(group["name"], 1.0)
     return {group["name"]: group["lr"] for group in optimizer.param_groups}
 
 

@@ -26,7 +26,7 @@ class Telemetry:
         asked = [question.question for question in watch.questions]
         self.encoder, self.watch = encoder, watch
         self.probe = Probe(staleness, asked)
-        self.watchdog = Watchdog(guard, encoder, asked, extra.get("first_health"))
+        self.watchdog = Watchdog(guard, encoder, asked, extra)
         self.moves = any(weight.requires_grad for weight in encoder.parameters())
 
     def check(self, generation: Generation) -> None:

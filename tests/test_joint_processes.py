@@ -27,6 +27,7 @@ EXACT: dict[str, Any] = {
 }
 # Small micro-batches, few of which are felt: the processes do not need equally many.
 UNEVEN: dict[str, Any] = {"step": {"name": "two_pass", "skip_below": 0.2, "micro_batch": 2}}
+SHARDED: dict[str, Any] = UNEVEN | {"shard": True}
 LORA: dict[str, Any] = {
     "dtype": "bfloat16",
     "tuning": {"name": "lora", "rank": 4},
@@ -35,7 +36,7 @@ LORA: dict[str, Any] = {
 LONG: dict[str, Any] = {"steps": 20, "batch_size": 8, "refresh": {"name": "sync", "every": 7}}
 
 
-def job(home: Path, out: Path, fault: str | None = None, **changes: Any) -> dict[str, Any]:
+def job(home: Path, out: Path, changes: dict[str, Any], fault: str | None = None) -> dict[str, Any]:
     """A run of two processes."""
     asked = settings("joint", home) | EXACT | {"out": str(out)} | changes
     return {"settings": asked, "fault": fault}
@@ -83,8 +84,8 @@ def two(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of runs of two processes."""
     folder = tmp_path_factory.mktemp("two")
     jobs = [
-        job(home, folder / "whole", accumulate=2),
-        job(home, folder / "sharded", shard=True, **UNEVEN),
+        job(home, folder / "whole", {"accumulate": 2}),
+        job(home, folder / "sharded", SHARDED),
     ]
     together(jobs, folder)
     return folder
@@ -95,12 +96,12 @@ def more(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of other runs of two processes."""
     folder = tmp_path_factory.mktemp("more")
     jobs = [
-        job(home, folder / "planted", "gradients not averaged"),
-        job(home, folder / "resumed", shard=True, **UNEVEN | {"steps": 2}),
-        job(home, folder / "resumed", shard=True, **UNEVEN, resume=True),
-        job(home, folder / "forgetful", shard=True, **UNEVEN | {"steps": 2}),
-        job(home, folder / "forgetful", "optimizer forgotten", shard=True, **UNEVEN, resume=True),
-        job(home, folder / "adapted", shard=True, **LORA),
+        job(home, folder / "planted", {}, "gradients not averaged"),
+        job(home, folder / "resumed", SHARDED | {"steps": 2}),
+        job(home, folder / "resumed", SHARDED | {"resume": True}),
+        job(home, folder / "forgetful", SHARDED | {"steps": 2}),
+        job(home, folder / "forgetful", SHARDED | {"resume": True}, "optimizer forgotten"),
+        job(home, folder / "adapted", LORA | {"shard": True}),
     ]
     together(jobs, folder)
     return folder
@@ -203,12 +204,11 @@ def test_twenty_steps_in_parts_and_in_two_processes_are_those_of_one(
 ):
     one = alone(recipe, home, tmp_path / "one", **LONG)
     parts = alone(recipe, home, tmp_path / "parts", **LONG, accumulate=8)
-    names = {"two": {}, "sharded": {"shard": True}, "planted": {}}
     jobs = [
-        job(home, tmp_path / name, "gradients not averaged" if name == "planted" else None,
-            **LONG | changes)
-        for name, changes in names.items()
-    ]  # fmt: skip
+        job(home, tmp_path / "two", LONG),
+        job(home, tmp_path / "sharded", LONG | {"shard": True}),
+        job(home, tmp_path / "planted", LONG, "gradients not averaged"),
+    ]
     together(jobs, tmp_path)
     for run in (parts, tmp_path / "two", tmp_path / "sharded"):
         found = loss_difference(one, run), weight_difference(one, run)

@@ -64,5 +64,5 @@ def of_all(result: StepResult) -> StepResult:
         distributed.gathered(result.loss_B),
         distributed.gathered(result.posterior_BK),
         distributed.gathered(result.prior_BK),
-        float(distributed.gathered(torch.tensor([result.kept])).mean()),
+        float(distributed.gathered(torch.tensor([result.kept], dtype=torch.float64)).mean()),
     )

@@ -38,11 +38,6 @@ def is_sharded(model: nn.Module) -> bool:
     return isinstance(model, FSDPModule)
 
 
-def is_piece(tensor: Tensor) -> bool:
-    """Whether other processes hold the rest of it."""
-    return isinstance(tensor, DTensor)
-
-
 def whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors without gradient, those in pieces gathered on the CPU; all processes call it.
 
@@ -69,10 +64,10 @@ def cut(tensor: Tensor, model: Tensor) -> Tensor:
 
 def clip(parameters: Sequence[nn.Parameter], max_norm: float) -> Tensor:
     """torch's clip_grad_norm_ by the norm of all gradients, of which some may be in pieces."""
-    pieces = [p for p in parameters if is_piece(p)]
+    pieces = [p for p in parameters if isinstance(p, DTensor)]
     if not pieces:
         return nn.utils.clip_grad_norm_(parameters, max_norm)
-    groups = [pieces, [p for p in parameters if not is_piece(p)]]
+    groups = [pieces, [p for p in parameters if not isinstance(p, DTensor)]]
     norms = [nn.utils.get_total_norm([p.grad for p in g if p.grad is not None]) for g in groups]
     norms = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
     total = torch.stack([norm.to(norms[0]) for norm in norms]).norm()

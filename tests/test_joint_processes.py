@@ -169,6 +169,14 @@ def test_a_sharded_run_that_goes_on_leaves_what_an_uninterrupted_one_leaves(two:
 
 
 @pytest.mark.slow
+def test_four_processes_go_on_where_two_were(home: Path, tmp_path: Path, two: Path):
+    together([job(home, tmp_path / "run", SHARDED | {"steps": 2})], tmp_path)
+    together([job(home, tmp_path / "run", SHARDED | {"resume": True})], tmp_path, processes=4)
+    assert loss_difference(two / "sharded", tmp_path / "run") <= 1e-8
+    assert weight_difference(two / "sharded", tmp_path / "run") <= 1e-8
+
+
+@pytest.mark.slow
 def test_adapters_on_a_bfloat16_base_learn_in_float32_whole_and_sharded(
     recipe: Load, home: Path, tmp_path: Path, more: Path
 ):

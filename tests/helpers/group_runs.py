@@ -1,4 +1,4 @@
-"""Joint runs of two processes: `together` starts the pair with torchrun, which does job after job.
+"""Joint runs of several processes: `together` starts them with torchrun; they do job after job.
 
 A job is {"settings": of train/joint.py, "fault": a name in FAULTS or None}. Beside each run lies
 OUT.idle-RANK: how many passes the process made only because the other had more to do.
@@ -25,11 +25,12 @@ FAULTS = {
 }
 
 
-def together(jobs: list[dict[str, Any]], folder: Path) -> None:
-    """Do the jobs in two processes that talk by gloo."""
+def together(jobs: list[dict[str, Any]], folder: Path, processes: int = 2) -> None:
+    """Do the jobs in processes that talk by gloo."""
     file = folder / "jobs.json"
     file.write_text(json.dumps(jobs), encoding="utf-8")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    launch += [f"--nproc_per_node={processes}"]
     roots = [str(Path(str(package.__file__)).parents[1]) for package in (rag2, rag2_kernels)]
     done = subprocess.run(
         [*launch, __file__, str(file)],
@@ -42,7 +43,7 @@ def together(jobs: list[dict[str, Any]], folder: Path) -> None:
 
 
 def main(file: Path) -> None:
-    """What each of the two does."""
+    """What each of them does."""
     spec = importlib.util.spec_from_file_location("joint", config.recipe("train/joint.py"))
     assert spec and spec.loader
     joint = importlib.util.module_from_spec(spec)

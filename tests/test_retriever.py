@@ -215,6 +215,17 @@ def test_a_saved_encoder_returns_bit_for_bit(rng, make, kind, towers, tmp_path):
     assert suffixes == {".json", ".safetensors"}
 
 
+def test_an_encoder_in_double_precision_embeds_and_returns_in_it(make, tmp_path):
+    encoder = make().double()
+    embedded_BD = encoder.encode_questions(["one", "two three"])
+    assert embedded_BD.dtype == torch.float64
+    assert not torch.equal(embedded_BD, embedded_BD.float().double())
+    encoder.save(tmp_path)
+    again = DualEncoder.load(tmp_path)
+    assert again.fingerprint() == encoder.fingerprint()
+    assert torch.equal(again.encode_questions(["one", "two three"]), embedded_BD)
+
+
 def test_a_saved_tower_is_a_plain_hugging_face_folder(make, tmp_path):
     encoder = make()
     encoder.save(tmp_path)

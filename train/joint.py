@@ -17,7 +17,7 @@ from pydantic import Field
 
 from rag2 import config, pipeline
 from rag2.evaluation.questions import load_questions, split, subset
-from rag2.generator.load import Generator
+from rag2.generator.load import DTYPES, Generator
 from rag2.generator.prompt import Prompt
 from rag2.index.flat import Flat
 from rag2.kb.store import KnowledgeBase
@@ -32,7 +32,7 @@ from rag2.reindex.staleness import Staleness
 from rag2.reindex.store import Store
 from rag2.retriever.embed import embed_corpus
 from rag2.retriever.encoder import DualEncoder, EncoderConfig
-from rag2.training import batches, checkpoint, distributed, optim, track
+from rag2.training import batches, checkpoint, distributed, optim, parts, sharding, track
 from rag2.training.candidates import Candidates, Proposals, rerank
 from rag2.training.choices import Index, Loss, Refresh, Step, Tuning
 from rag2.training.interrupt import Stop
@@ -42,6 +42,7 @@ from rag2.training.step import TwoPass
 from rag2.training.telemetry import Telemetry
 from rag2.training.watch import Watch
 from rag2.tuning.full import Full
+from rag2.types import Chunk
 
 
 class JointConfig(pipeline.Inputs):
@@ -63,13 +64,20 @@ class JointConfig(pipeline.Inputs):
     device: str = "cpu"
     """cpu, cuda or cuda:N"""
     dtype: str = "float32"
-    """of the generator; bfloat16 for a base under adapters"""
+    """of the generator; bfloat16 for a base under adapters; float64 is that of both halves"""
     gradient_checkpointing: bool = False
     """compute the generator's activations twice instead of keeping them"""
+    shard: bool = False
+    """FSDP2: the generator's weights, gradients and optimizer state are in pieces over the
+    processes, layer by layer; the retriever is whole in each"""
     train: list[Literal["retriever", "generator"]] = ["retriever", "generator"]
     """the halves that learn; the other stays as it is"""
     steps: int = Field(default=300, ge=0)
     batch_size: int = Field(default=24, ge=1)
+    """questions of a step, of all processes together"""
+    accumulate: int = Field(default=1, ge=1)
+    """the batch is taken in so many equal parts one after the other, which needs the memory of one;
+    candidates.in_batch then means the candidates of a part"""
     candidates: Candidates = Candidates()
     loss: Loss = Marginal()
     step: Step = TwoPass()
@@ -102,6 +110,9 @@ def main(cfg: JointConfig) -> dict[str, float]:
         raise UserError("refresh.name=adaptive goes by what is measured: set staleness.every")
     if isinstance(cfg.refresh, EagerRefresh) and distributed.world() > 1:
         raise UserError("refresh.name=eager: the clocks of several processes differ; use async")
+    if cfg.shard and distributed.world() == 1:
+        raise UserError("shard=true is for several processes: torchrun --nproc-per-node N ...")
+    rows = parts.rows_each(cfg.batch_size, cfg.accumulate)
     checkpoint.seed_everything(cfg.seed)
     with KnowledgeBase(Path(cfg.kb)) as kb:
         chunks, kb_version, kb_hash = kb.chunks(), kb.version, kb.content_hash()
@@ -141,11 +152,11 @@ def main(cfg: JointConfig) -> dict[str, float]:
                 found_BM = rerank(rag.retriever, queries_BD, found_BM, propose.by_id)
             chunks_BK = propose(rows_B, found_BM, step)
             optimizer.zero_grad(set_to_none=True)
-            result = cfg.step(
-                rag, cfg.loss.at(step), asked, answers, chunks_BK, cfg.candidates.in_batch
-            )
+            batch, crowded = (asked, answers, chunks_BK), cfg.candidates.in_batch
+            result = parts.accumulated(cfg.step, rag, cfg.loss.at(step), batch, crowded, rows)
 
             distributed.average_gradients(weights)
+            result = parts.of_all(result)
             loss = float(result.loss_B.mean())
             norm = optim.clip(weights, loss, cfg.max_norm, step)
             lr = optim.set_lr(
@@ -167,7 +178,7 @@ def main(cfg: JointConfig) -> dict[str, float]:
                 index_stall_seconds=index.stalled(),
                 effective_chunks=float((1 / result.posterior_BK.square().sum(-1)).mean()),
                 kept_prompts=result.kept,
-                retrieved_digest=digest([[chunk.id for chunk in row] for row in chunks_BK]),
+                retrieved_digest=digest(chunks_BK),
                 seconds=clock.lap(),
                 **told,
             )
@@ -186,11 +197,14 @@ def load(cfg: JointConfig, device: torch.device) -> tuple[Rag, dict[str, Any]]:
     """Both halves, frozen where cfg.train says so, and the optimizer's groups."""
     assert cfg.generator
     if cfg.retriever:
-        retriever = DualEncoder.load(cfg.retriever).to(device)
+        retriever = DualEncoder.load(cfg.retriever)
     else:
         assert cfg.encoder
-        retriever = DualEncoder.build(cfg.encoder).to(device)
-    generator = Generator.load(cfg.generator, cfg.dtype, device)
+        retriever = DualEncoder.build(cfg.encoder)
+    # Half precision is for a frozen base; the retriever's embeddings decide what is found.
+    retriever.to(device, torch.float64 if cfg.dtype == "float64" else torch.float32)
+    # A sharded one is cut layer by layer: whole it may be larger than the device.
+    generator = Generator.load(cfg.generator, cfg.dtype, "cpu" if cfg.shard else device)
     if cfg.gradient_checkpointing:
         generator.model.gradient_checkpointing_enable()
     if "retriever" not in cfg.train:
@@ -199,6 +213,8 @@ def load(cfg: JointConfig, device: torch.device) -> tuple[Rag, dict[str, Any]]:
         generator = Generator(cfg.tuning.apply(generator.model), generator.tokenizer)
     else:
         generator.model.requires_grad_(False)
+    if cfg.shard:
+        sharding.shard(generator.model, DTYPES[cfg.dtype], device)
     rag = Rag(retriever, generator, cfg.prompt)
     rag.train()
     halves = {
@@ -219,9 +235,10 @@ def finish(cfg: JointConfig, run: Run, rag: Rag, halves: dict[str, Any]) -> None
     )
 
 
-def digest(ids_BK: list[list[int]]) -> str:
-    """SHA-256 of the retrieved chunk ids in order."""
-    return hashlib.sha256(json.dumps(ids_BK).encode()).hexdigest()
+def digest(chunks_BK: list[list[Chunk]]) -> str:
+    """SHA-256 of the whole batch's retrieved chunk ids in order."""
+    ids_BK = torch.tensor([[chunk.id for chunk in row] for row in chunks_BK])
+    return hashlib.sha256(json.dumps(distributed.gathered(ids_BK).tolist()).encode()).hexdigest()
 
 
 if __name__ == "__main__":

@@ -49,8 +49,9 @@ class Rag(nn.Module):
         rows_BK = torch.tensor([[place[chunk.id] for chunk in row] for row in chunks_BK])
         queries_BD = self.retriever.encode_questions(list(questions))
         chunks_UD = self.retriever.encode_chunks([chunk.passage for chunk in unique.values()])
-        cosines_BU = einsum(queries_BD, chunks_UD, "b d, u d -> b u").float()
-        scores_BU = self.retriever.scale * cosines_BU
+        cosines_BU = einsum(queries_BD, chunks_UD, "b d, u d -> b u")
+        wide = torch.promote_types(cosines_BU.dtype, torch.float32)
+        scores_BU = self.retriever.scale * cosines_BU.to(wide)
         scores_BK = scores_BU.gather(1, rows_BK.to(scores_BU.device))
         return scores_BK, scores_BU.logsumexp(1) - scores_BK.logsumexp(1)
 

@@ -13,7 +13,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from rag2 import hub
 from rag2.registry import UserError, nearest
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
 
 
 @dataclass(slots=True)
@@ -66,12 +71,13 @@ class Generator:
             )
         return cls(model.to(device).eval(), tokenizer)
 
-    def save(self, directory: str | Path) -> None:
+    def save(self, directory: str | Path, weights: dict[str, torch.Tensor] | None = None) -> None:
         """Write a plain Hugging Face folder: config, safetensors, tokenizer (an adapter stays one).
 
+        `weights` stand for the model's own where those are not whole.
         Write inside `artifact.committing` where a half-written folder must never be seen.
         """
-        self.model.save_pretrained(directory)
+        self.model.save_pretrained(directory, state_dict=weights)
         self.tokenizer.save_pretrained(directory)
 
     def fingerprint(self) -> str:

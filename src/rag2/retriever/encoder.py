@@ -28,6 +28,7 @@ Side = Literal["question", "chunk"]
 FORMAT = "rag2.encoder/1"
 FILE = "rag2_encoder.json"
 MAX_SCALE = 100.0
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
 PIECE = 48  # chunks of one forward in training: enough to fill a core, or a GPU at 256 tokens each
 SHAPE = {"hidden", "layers", "heads", "intermediate", "max_positions"}
 PROBE = "The 2nd Cafe-goer's naive question: ÉCLAIR, 1,024 kg?"
@@ -128,7 +129,7 @@ class DualEncoder(nn.Module):
 
     @classmethod
     def load(cls, directory: str | Path) -> Self:
-        """The encoder that `save` wrote, on the CPU in float32.
+        """The encoder that `save` wrote, on the CPU in float32, or float64 if it was saved so.
 
         Raises UserError when the folder is incomplete or its parts do not fit together.
         """
@@ -137,16 +138,20 @@ class DualEncoder(nn.Module):
             saved = json.loads((root / FILE).read_text(encoding="utf-8"))
             config = EncoderConfig.model_validate(saved["config"])
             recorded, log_scale = (saved["format"], saved["dimension"]), float(saved["log_scale"])
+            dtype = DTYPES[saved.get("dtype", "float32")]
         except (OSError, KeyError, TypeError, ValueError, ValidationError) as error:
             reason = str(error).splitlines()[0]
             raise UserError(f"{root} holds no rag2 encoder ({FILE}: {reason})") from None
         folders = _folders(root, config.towers)
-        towers = {name: load_tower(str(path), config.dropout) for name, path in folders.items()}
+        towers = {
+            name: load_tower(str(path), config.dropout, dtype) for name, path in folders.items()
+        }
         for name, tower in towers.items():
             found = (FORMAT, tower.config.hidden_size)
             if recorded != found:
                 raise UserError(f"{folders[name]} is {found}, but {FILE} says {recorded}")
-        encoder = cls(config, load_tokenizer(str(next(iter(folders.values())))), towers)
+        tokenizer = load_tokenizer(str(next(iter(folders.values()))))
+        encoder = cls(config, tokenizer, towers).to(dtype)
         with torch.no_grad():
             encoder.log_scale.fill_(log_scale)
         return encoder
@@ -167,6 +172,7 @@ class DualEncoder(nn.Module):
             "format": FORMAT,
             "dimension": self.dimension,
             "log_scale": self.log_scale.item(),  # a float's repr gives back every bit
+            "dtype": "float64" if self.log_scale.dtype == torch.float64 else "float32",
             "config": self.config.model_dump(mode="json"),
         }
         (root / FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
@@ -203,11 +209,11 @@ class DualEncoder(nn.Module):
         return self.encode_questions(questions), self.encode_chunks(chunks), self.scale
 
     def encode_questions(self, texts: Sequence[str]) -> Tensor:
-        """Embeddings [B, D] of questions, float32, with gradient."""
+        """Embeddings [B, D] of questions, as `embed` makes them, with gradient."""
         return self.embed(self.tokenize(texts, "question"), "question")
 
     def encode_chunks(self, texts: Sequence[str]) -> Tensor:
-        """Embeddings [N, D] of chunk passages, float32, with gradient.
+        """Embeddings [N, D] of chunk passages, as `embed` makes them, with gradient.
 
         Chunks of similar length share a forward of `PIECE` rows, which saves the padding that one
         long chunk would bring to all.
@@ -239,7 +245,10 @@ class DualEncoder(nn.Module):
         return rows
 
     def embed(self, rows: Sequence[Sequence[int]], side: Side) -> Tensor:
-        """Embeddings [B, D] of token id rows, float32, pooled in float32, with gradient."""
+        """Embeddings [B, D] of token id rows, pooled in float32, with gradient.
+
+        A float64 encoder pools in float64, and that is what its embeddings are.
+        """
         if not rows:
             return self.log_scale.new_zeros(0, self.dimension)
         ids_BL, mask_BL = self._pad(rows)
@@ -283,9 +292,10 @@ class DualEncoder(nn.Module):
 
 
 def masked_mean_pool(hidden_BLH: Tensor, mask_BL: Tensor, normalize: bool = True) -> Tensor:
-    """Mean over the tokens with mask 1, in float32, then divided by its length if asked: [B, H]."""
-    weight_BL = mask_BL.float()
-    sum_BH = einsum(hidden_BLH.float(), weight_BL, "b l h, b l -> b h")
+    """Mean over the tokens with mask 1, at least in float32, to length 1 if asked: [B, H]."""
+    wide = torch.promote_types(hidden_BLH.dtype, torch.float32)
+    weight_BL = mask_BL.to(wide)
+    sum_BH = einsum(hidden_BLH.to(wide), weight_BL, "b l h, b l -> b h")
     mean_BH = sum_BH / rearrange(weight_BL.sum(1).clamp(min=1), "b -> b 1")
     return nn.functional.normalize(mean_BH, dim=-1) if normalize else mean_BH
 

@@ -51,8 +51,10 @@ def scratch(
     return BertModel(bert, add_pooling_layer=False)
 
 
-def load_tower(model: str, dropout: float | None) -> PreTrainedModel:
-    """A checkpoint's network in float32, in training mode, without the pooler it does not use."""
+def load_tower(
+    model: str, dropout: float | None, dtype: torch.dtype = torch.float32
+) -> PreTrainedModel:
+    """A checkpoint's network in `dtype`, in training mode, without the pooler it does not use."""
     local = hub.is_local(model, "encoder")
     try:
         config = AutoConfig.from_pretrained(model, local_files_only=local)
@@ -70,7 +72,7 @@ def load_tower(model: str, dropout: float | None) -> PreTrainedModel:
                 model,
                 config=config,
                 local_files_only=local,
-                dtype=torch.float32,
+                dtype=dtype,
                 use_safetensors=True,
                 output_loading_info=True,
                 **extra,

@@ -39,9 +39,10 @@ class Candidates(Config):
     """never the document that a question's metadata names as its `source`: of a question made from
     a text, that text is a trivial answer (Guu et al. 2020, section 3.4)"""
     in_batch: bool = False
-    """also the candidates of the batch's other questions, on the same device, as negatives: p(z|x)
-    is normalised over all of them, while only the question's own K are read. The loss is then an
-    upper bound of -log p(y|x) over the larger set, for it drops their terms p(z|x) p(y|x,z) >= 0"""
+    """also the candidates of the batch's other questions, of the same process and the same part of
+    an accumulated batch, as negatives: p(z|x) is normalised over all of them, while only the
+    question's own K are read. The loss is then an upper bound of -log p(y|x) over the larger set,
+    for it drops their terms p(z|x) p(y|x,z) >= 0"""
 
     @property
     def k(self) -> int:

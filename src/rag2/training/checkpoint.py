@@ -13,6 +13,7 @@ from torch import nn
 
 from rag2 import artifact
 from rag2.registry import UserError
+from rag2.training import distributed, sharding
 from rag2.training.optim import Optimizer
 
 
@@ -24,18 +25,24 @@ def save(
     extra: dict[str, Any],
     keep: int = 2,
 ) -> Path:
-    """Commit checkpoints/step-NNNNNN and move `latest` to it; older ones go only after that."""
+    """Commit checkpoints/step-NNNNNN and move `latest` to it; older ones go only after that.
+
+    All processes call it, for they may hold pieces of the weights; the first one writes.
+    """
     folder = out / "checkpoints"
-    artifact.sweep(folder)
     directory = folder / f"step-{step:06d}"
+    files = {name: sharding.whole(_tensors(module)) for name, module in modules.items()}
+    tensors, scalars = _optimizer_state(optimizer)
+    if distributed.rank() != 0:
+        return directory
+    artifact.sweep(folder)
     if directory.exists():  # a run started afresh in this directory
         shutil.rmtree(directory)
     with artifact.committing(
         directory, kind="checkpoint", meta={"step": step}, pointer=folder / "latest"
     ) as staging:
-        for name, module in modules.items():
-            save_file(_tensors(module), staging / f"{name}.safetensors")
-        tensors, scalars = _optimizer_state(optimizer)
+        for name, rows in files.items():
+            save_file(rows, staging / f"{name}.safetensors")
         save_file(
             {**tensors, "rng/torch": torch.get_rng_state()}, staging / "optimizer.safetensors"
         )
@@ -79,23 +86,24 @@ def _tensors(module: nn.Module) -> dict[str, torch.Tensor]:
 
     Frozen weights come from where the run began: under adapters a checkpoint holds these alone.
     """
-    # Of tied weights named_parameters knows one name, state_dict all: compare the memory.
-    seen = {w.data_ptr() for w in module.parameters() if not w.requires_grad and w.numel()}
+    # Of tied weights named_parameters knows one name, state_dict all: compare the objects (weights
+    # in pieces have no memory of their own to compare).
+    seen = {id(weight) for weight in module.parameters() if not weight.requires_grad}
     rows = {}
-    for name, tensor in module.state_dict().items():
-        if tensor.data_ptr() in seen and tensor.numel():
-            continue
-        seen.add(tensor.data_ptr())
-        rows[name] = tensor.detach().contiguous()
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            rows[name] = tensor
     return rows
 
 
 def _restore(module: nn.Module, tensors: dict[str, torch.Tensor], where: Path) -> None:
-    own = set(_tensors(module))
-    if own != set(tensors):
-        odd = sorted(own ^ set(tensors))[0]
+    own = _tensors(module)
+    if own.keys() != tensors.keys():
+        odd = sorted(own.keys() ^ tensors.keys())[0]
         raise UserError(f"checkpoint {where}: tensor {odd!r} does not fit this configuration")
-    module.load_state_dict(tensors, strict=False)
+    pieces = {name: sharding.cut(tensor, own[name]) for name, tensor in tensors.items()}
+    module.load_state_dict(pieces, strict=False)
 
 
 def _optimizer_state(
@@ -104,11 +112,12 @@ def _optimizer_state(
     """AdamW's moments as flat tensors `index/key`; the groups' scalars as JSON."""
     state = optimizer.state_dict()
     tensors = {
-        f"{index}/{key}": value.clone()
+        f"{index}/{key}": value
         for index, row in state["state"].items()
         for key, value in row.items()
     }
-    return tensors, state["param_groups"]
+    whole = {name: value.clone() for name, value in sharding.whole(tensors).items()}
+    return whole, state["param_groups"]
 
 
 def _restore_optimizer(
@@ -116,8 +125,11 @@ def _restore_optimizer(
     tensors: dict[str, torch.Tensor],
     groups: list[dict[str, Any]],
 ) -> None:
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     rows: dict[int, dict[str, torch.Tensor]] = {}
     for name, value in tensors.items():
         index, _, key = name.partition("/")
+        moment = value.ndim > 0  # the count of steps is a scalar
+        value = sharding.cut(value, weights[int(index)]) if moment else value
         rows.setdefault(int(index), {})[key] = value
     optimizer.load_state_dict({"state": rows, "param_groups": groups})

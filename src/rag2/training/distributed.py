@@ -1,4 +1,4 @@
-"""Several processes, one run: who am I, and one average over all gradients.
+"""Several processes, one run: who am I, all rows of a batch, one average over all gradients.
 
 A joint step sends several backward passes through the generator, so the gradients are averaged once
 after the last of them instead of by a wrapper that would synchronise each.
@@ -9,8 +9,10 @@ import re
 from collections.abc import Sequence
 
 import torch
+from einops import rearrange
+from torch import Tensor, nn
 from torch import distributed as dist
-from torch import nn
+from torch.distributed.tensor import DTensor
 
 from rag2.registry import UserError
 
@@ -55,18 +57,41 @@ def world() -> int:
 
 def any_of(value: bool) -> bool:
     """Whether it is true in any process; the same answer in all."""
+    return bool(largest(value))
+
+
+def largest(value: int) -> int:
+    """The largest of all processes' values; the same answer in all."""
     if world() == 1:
         return value
-    found = torch.tensor(float(value), device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    found = torch.tensor(value, dtype=torch.long, device=_where())
     dist.all_reduce(found, op=dist.ReduceOp.MAX)
-    return bool(found)
+    return int(found)
+
+
+def gathered(mine: Tensor) -> Tensor:
+    """The rows of all processes in the order of the batch, whose row i process i % world() took.
+
+    `mine` has equally many rows [B / world, ...] in every process; returns [B, ...].
+    """
+    if world() == 1:
+        return mine
+    mine = mine.to(_where()).contiguous()
+    shares = [torch.empty_like(mine) for _ in range(world())]
+    dist.all_gather(shares, mine)
+    return rearrange(torch.stack(shares), "w b ... -> (b w) ...")
 
 
 def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
-    """Replace each gradient by its mean over all processes; a missing one counts as zero."""
+    """Replace each gradient by its mean over all processes; a missing one counts as zero.
+
+    FSDP2 has left those of weights in pieces averaged.
+    """
     if world() == 1:
         return
     for parameter in parameters:
+        if isinstance(parameter, DTensor):
+            continue
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
         dist.all_reduce(parameter.grad)
@@ -77,3 +102,8 @@ def barrier() -> None:
     """Wait for all processes."""
     if world() > 1:
         dist.barrier()
+
+
+def _where() -> str:
+    """The kind of device that the group's messages lie on."""
+    return "cuda" if dist.get_backend() == "nccl" else "cpu"

@@ -10,6 +10,7 @@ from torch import nn
 
 from rag2.config import Config
 from rag2.registry import UserError
+from rag2.training import sharding
 
 _Decay = Annotated[float, Field(ge=0, lt=1)]
 Betas = tuple[_Decay, _Decay]  # of AdamW's running means: of gradients, of their squares
@@ -168,7 +169,7 @@ class NonFiniteError(UserError):
 
 def clip(parameters: list[nn.Parameter], loss: float, max_norm: float, step: int) -> float:
     """Clip the gradient; returns its norm, raises NonFiniteError before an update could happen."""
-    norm = float(nn.utils.clip_grad_norm_(parameters, max_norm))
+    norm = float(sharding.clip(parameters, max_norm))
     if not (math.isfinite(loss) and math.isfinite(norm)):
         raise NonFiniteError(
             f"step {step}: loss {loss}, gradient norm {norm}: not finite; try a lower learning rate"

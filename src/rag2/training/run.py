@@ -12,7 +12,7 @@ from rag2.generator.load import Generator
 from rag2.generator.prompt import Prompt
 from rag2.registry import UserError
 from rag2.retriever.encoder import DualEncoder
-from rag2.training import checkpoint, distributed, track
+from rag2.training import checkpoint, distributed, sharding, track
 from rag2.training.log import NoLog, RunLog
 from rag2.training.optim import Optimizer
 
@@ -69,10 +69,9 @@ class Run:
             artifact.replace(saved, config.dump(cfg))
 
     def checkpoint(self, step: int, **extra: Any) -> None:
-        """Commit everything needed to go on at `step`."""
-        if distributed.rank() == 0:
-            self.log.sync()
-            checkpoint.save(self.out, step, self.modules, self.optimizer, extra)
+        """Commit everything needed to go on at `step`; all processes call it."""
+        self.log.sync()
+        checkpoint.save(self.out, step, self.modules, self.optimizer, extra)
 
     def finish(
         self,
@@ -81,13 +80,19 @@ class Run:
         prompt: Prompt | None = None,
         **meta: Any,
     ) -> None:
-        """Commit final/: the trained halves, the prompt, and `meta` in the manifest."""
+        """Commit final/: the trained halves, the prompt, and `meta` in the manifest.
+
+        All processes call it, for they may hold pieces of the generator; the first one writes.
+        """
+        weights = None
+        if generator is not None and sharding.is_sharded(generator.model):
+            weights = sharding.whole(generator.model.state_dict(keep_vars=True))
         if distributed.rank() != 0:
             return
         shutil.rmtree(self.out / "final", ignore_errors=True)
         with artifact.committing(self.out / "final", kind="system", meta=meta) as staging:
             if generator is not None:
-                generator.save(staging / "generator")
+                generator.save(staging / "generator", weights)
             if retriever is not None:
                 retriever.save(staging / "retriever")
             if prompt is not None:

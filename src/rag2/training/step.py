@@ -18,6 +18,7 @@ from torch import Tensor
 from rag2.config import Config
 from rag2.losses.base import JointLoss
 from rag2.rag import Pair, Rag
+from rag2.training import distributed, sharding
 from rag2.types import Chunk
 
 
@@ -117,15 +118,16 @@ class TwoPass(Config):
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Logp_RT and mask_RT of every prompt; RNG states before each piece and at the end."""
         width = max(len(answer) for _, answer in pairs)
-        device = next(rag.generator.parameters()).device
-        logp_RT = torch.zeros(len(pairs), width, device=device)
+        weight = next(rag.generator.parameters())
+        device, wide = weight.device, torch.promote_types(weight.dtype, torch.float32)
+        logp_RT = torch.zeros(len(pairs), width, dtype=wide, device=device)
         mask_RT = torch.zeros(len(pairs), width, dtype=torch.bool, device=device)
         states = []
         with torch.no_grad():
             for piece in pieces:
                 states.append(_rng_state(device))
                 logp, mask = rag.logp([pairs[r] for r in piece])
-                logp_RT[piece, : logp.shape[1]] = logp.float()
+                logp_RT[piece, : logp.shape[1]] = logp
                 mask_RT[piece, : mask.shape[1]] = mask
         states.append(_rng_state(device))
         return logp_RT, mask_RT, states
@@ -151,6 +153,8 @@ class TwoPass(Config):
         if not dropout:
             rows = [r for piece in pieces for r in piece if felt_R[r]]
             pieces = [rows[i : i + self.micro_batch] for i in range(0, len(rows), self.micro_batch)]
+            if sharding.is_sharded(rag.generator):
+                pieces += _idle(felt_R, distributed.largest(len(pieces)) - len(pieces))
         grad_RT = torch.where(rearrange(felt_R, "r -> r 1"), grad_RT, 0.0)
         for number, piece in enumerate(pieces):
             if dropout:
@@ -158,6 +162,11 @@ class TwoPass(Config):
             logp, _ = rag.logp([pairs[r] for r in piece])
             logp.backward(grad_RT[piece, : logp.shape[1]].to(logp.dtype))
         _set_rng_state(device, after)
+
+
+def _idle(felt_R: Tensor, number: int) -> list[list[int]]:
+    """So many passes of a prompt that is not felt, for company: other processes have more to do."""
+    return [(~felt_R).nonzero()[0].tolist() for _ in range(number)]
 
 
 def _rng_state(device: torch.device) -> Tensor:

@@ -164,6 +164,8 @@ def main(cfg: JointConfig) -> dict[str, float]:
             )
             optimizer.step()
             told |= telemetry.after(step, index)
+            if cfg.candidates.null:  # the last one; high where no chunk helps
+                told["null_posterior"] = float(result.posterior_BK[:, -1].mean())
 
             age_steps, age_seconds = index.age(step)
             run.log.write(

@@ -30,8 +30,8 @@ def matmul(precision: Precision, device: str = "cpu") -> Iterator[None]:
 
     Sums are always in float32. What a factor is rounded to depends on the device: at "medium", to
     bfloat16 on a CPU with AMX or AVX512-BF16; at "high" and "medium", to TensorFloat-32 on CUDA; on
-    others nothing is rounded. At "medium" a CPU's library keeps compiled code for every shape it
-    met, up to some GiB where shapes vary (ONEDNN_PRIMITIVE_CACHE_CAPACITY bounds it, and costs time).
+    others nothing is rounded. At "medium" a CPU's library keeps compiled code for every shape, up
+    to some GiB where shapes vary (ONEDNN_PRIMITIVE_CACHE_CAPACITY bounds it, and costs time).
     """
     before = torch.get_float32_matmul_precision()
     # The CPU's fused kernel multiplies small blocks, each rounded anew: at 80 tokens its backward

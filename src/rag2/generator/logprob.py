@@ -21,6 +21,7 @@ from rag2.generator.pairs import (
     lay_out,
     length,
     place,
+    rounded,
     token_batches,
 )
 from rag2.generator.past import Past, shares_past
@@ -226,11 +227,13 @@ def sequence_nll(model: Model, ids_BL: Tensor, weights_BL: Tensor) -> Tensor:
 
 
 def _row_logp(model: Model, rows: Rows, labels_M: Tensor, inputs: dict[str, Tensor]) -> Tensor:
-    weight_VH = plain_weight(model)
+    count, weight_VH = len(labels_M), plain_weight(model)
+    inputs, rows, labels_M = rounded(model, inputs, rows, labels_M)
     if weight_VH is None:
         logits_MV, _ = logits_at(model, rows, **inputs, use_cache=False)
-        return _label_logp(logits_MV, labels_M)
-    return answer_logprob(hidden_at(model, rows, **inputs, use_cache=False), weight_VH, labels_M)
+        return _label_logp(logits_MV, labels_M)[:count]
+    hidden_MH = hidden_at(model, rows, **inputs, use_cache=False)
+    return answer_logprob(hidden_MH, weight_VH, labels_M)[:count]
 
 
 # -- shared ----------------------------------------------------------------------------------------

@@ -135,3 +135,16 @@ def test_sequence_nll_is_the_weighted_mean_of_the_tokens_losses(name, tmp_path, 
     full = torch.ones_like(ids_BL).float()
     hf = model(ids_BL, labels=ids_BL).loss
     torch.testing.assert_close(sequence_nll(model, ids_BL, full), hf, rtol=1e-5, atol=1e-5)
+
+
+def test_shapes_grow_in_steps_but_never_past_the_models_positions(tmp_path, tokenizer):
+    model = build("llama", tmp_path, tokenizer)
+    widths, model.config.max_position_embeddings = [], 70
+    model.model.embed_tokens.register_forward_hook(lambda _, args, out: widths.append(out.shape[1]))
+    for length in (3, 17, 48, 66):
+        context, answer = ids(length - 2, length - 2), ids(2, 2)
+        logp_RT, _ = answer_logprob_rows(model, [(context, answer)])
+        alone = model(torch.tensor([[*context, *answer]])).logits[0].log_softmax(-1)
+        expected = alone[length - 3 : -1].gather(-1, torch.tensor(answer)[:, None])[:, 0]
+        torch.testing.assert_close(logp_RT[0], expected, rtol=0, atol=1e-5)
+    assert widths[::2] == [16, 16, 48, 70]

@@ -140,6 +140,7 @@ def test_sequence_nll_is_the_weighted_mean_of_the_tokens_losses(name, tmp_path, 
 def test_shapes_grow_in_steps_but_never_past_the_models_positions(tmp_path, tokenizer):
     model = build("llama", tmp_path, tokenizer)
     widths, model.config.max_position_embeddings = [], 70
+    plain_weight(model)  # it looks at the model once, with an input of its own
     model.model.embed_tokens.register_forward_hook(lambda _, args, out: widths.append(out.shape[1]))
     for length in (3, 17, 48, 66):
         context, answer = ids(length - 2, length - 2), ids(2, 2)

@@ -48,9 +48,10 @@ def matmul(precision: Precision, device: str = "cpu") -> Iterator[None]:
 @contextmanager
 def computing_on(threads: int | None, cpus: Collection[int] | None) -> Iterator[None]:
     """So many threads of torch, on these cores, inside; null: as before."""
-    before = torch.get_num_threads(), os.sched_getaffinity(0) if cpus else None
-    if cpus:
-        os.sched_setaffinity(0, cpus)  # first: a new thread is bound to the cores of its maker
+    bound = cpus if hasattr(os, "sched_setaffinity") else None  # Linux alone can
+    before = torch.get_num_threads(), os.sched_getaffinity(0) if bound else None
+    if bound:
+        os.sched_setaffinity(0, bound)  # first: a new thread is bound to the cores of its maker
     if threads:
         torch.set_num_threads(threads)
     try:

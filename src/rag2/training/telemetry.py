@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from typing import Any
 
-from rag2.index.generation import Generation
 from rag2.reindex.collapse import Guard, Watchdog
 from rag2.reindex.live import LiveIndex
 from rag2.reindex.staleness import Probe, Staleness
@@ -28,10 +27,6 @@ class Telemetry:
         self.probe = Probe(staleness, asked)
         self.watchdog = Watchdog(guard, encoder, asked, extra)
         self.moves = any(weight.requires_grad for weight in encoder.parameters())
-
-    def check(self, generation: Generation) -> None:
-        """As Watchdog.check, of every generation before it is searched."""
-        self.watchdog.check(generation)
 
     def before(self, step: int, index: LiveIndex) -> dict[str, float]:
         """Of a generation at its first step: recall@5, and what a collapse would show in."""

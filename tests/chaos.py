@@ -39,7 +39,7 @@ SETTINGS = [
     *("schedule.warmup=2", "lr_retriever=3e-3", "lr_generator=1e-3"),
     # Dropout: the random state is part of the run.
     *("tuning.name=lora", "tuning.rank=4", "tuning.dropout=0.2"),
-    "refresh={name: async, every: 5, lag: 4}",
+    "refresh={name: async, every: 5, lag: 4, share: 0.5}",
 ]
 
 

@@ -94,7 +94,7 @@ class Writer:
         self.store.snapshot(number, number)
         self.store.drop(number)
         made = self.store.load(number - 1)
-        again = Generation(made.index, made.chunks, made.encoder_fingerprint, 1, "h", number)
+        again = Generation(made.index, made.chunks, made.encoder_fingerprint, 1, "h", number, 3)
         again.save(self.run.out / "generations" / f"{number:06d}")
         self.store.publish(number)
         told("generation", number)

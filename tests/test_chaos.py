@@ -13,6 +13,7 @@ FAULTS = (
     "swap when ready",
     "random state forgotten",
     "refresh under way forgotten",
+    "finds forgotten",
     "pointer before files",
 )
 pytestmark = pytest.mark.slow

@@ -13,6 +13,7 @@ from typing import ClassVar
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from rag2 import artifact
 from rag2.index.flat import Flat
@@ -21,7 +22,7 @@ from rag2.registry import UserError
 from rag2.reindex import build
 from rag2.reindex import worker as worker_module
 from rag2.reindex.live import LiveIndex
-from rag2.reindex.policy import AdaptiveRefresh, AsyncRefresh, EagerRefresh
+from rag2.reindex.policy import AdaptiveRefresh, AsyncRefresh, EagerRefresh, SyncRefresh
 from rag2.reindex.process import Worker, WorkerFailed
 from rag2.reindex.store import Store
 from rag2.reindex.worker import Spec
@@ -364,6 +365,74 @@ def test_an_adaptive_refresh_begins_when_the_overlap_is_too_small_and_only_then(
         if live.poll(step):
             found.append((step, live.generation.step))
     assert found == [(9, 8), (14, 13)]  # that of step 8 came while one was under way
+
+
+# --- a part of the corpus -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["sync", "async"])
+def test_a_partial_refresh_encodes_what_was_found_first_and_keeps_the_other_embeddings(
+    store: Store, chunks: list[Chunk], encoder: DualEncoder, inline: type[Inline], name: str
+):
+    policies = {
+        "sync": SyncRefresh(every=4, share=0.5),
+        "async": AsyncRefresh(every=4, lag=1, share=0.5),
+    }
+    live = LiveIndex(store, policies[name])
+    old, rows = live.generation, np.arange(len(chunks))
+    before = old.index.vectors(rows).copy()
+    moved(encoder)
+    queries_BD = old.index.vectors(np.array([3, 7]))
+    ids = live.search(queries_BD, 2)
+    size = round(0.5 * len(chunks))
+    live.refresh(3)
+    whole = build.generation(encoder, store.chunks, Flat(device="cpu"), 4, 1, "h")
+    assert live.poll(4 if name == "async" else 3) and live.generation is not old
+    after, new = live.generation.index.vectors(rows), whole.index.vectors(rows)
+    changed = (after != before).any(axis=1)
+    assert changed.sum() == size == live.generation.encoded and len(old) == old.encoded
+    assert changed[np.searchsorted(live.generation.ids_N, ids.flatten())].all()
+    np.testing.assert_allclose(after[changed], new[changed], atol=1e-5)  # other batches
+    assert live.generation.encoder_fingerprint == encoder.fingerprint()
+
+
+def test_a_worker_and_training_itself_make_the_same_partial_generation(
+    store: Store, encoder: DualEncoder, tmp_path: Path, inline: type[Inline]
+):
+    live = LiveIndex(store, AsyncRefresh(every=4, lag=1, share=0.3))
+    live.search(live.generation.index.vectors(np.array([5])), 4)
+    moved(encoder)
+    live.refresh(3)
+    rows = load_file(tmp_path / "snapshots" / "000001" / "rows.safetensors")["rows"]
+    part = build.Part(live.generation, rows)
+    told: list[tuple[int, int]] = []
+    expected = build.generation(
+        *(encoder, store.chunks, Flat(device="cpu"), 4, 1, "h"),
+        progress=lambda done, total: told.append((done, total)),
+        part=part,
+    )
+    assert told[-1] == (len(rows), len(rows))
+    assert live.poll(4) and same(live.generation, expected)
+
+
+def test_finds_are_counted_on_in_a_run_that_goes_on(
+    store: Store, encoder: DualEncoder, inline: type[Inline]
+):
+    policy = SyncRefresh(every=6, share=0.3)
+
+    def go(live: LiveIndex, steps: range) -> None:
+        for step in steps:
+            live.search(live.generation.index.vectors(np.array([step, 2 * step])), 3)
+            live.refresh(step)
+            live.poll(step)
+
+    whole = LiveIndex(store, policy)
+    go(whole, range(10))
+    state = json.loads(json.dumps(whole.state()))
+    go(whole, range(10, 12))
+    again = LiveIndex(store, policy, state)
+    go(again, range(10, 12))
+    assert again.state() == whole.state() and same(again.generation, whole.generation)
 
 
 # --- whole runs -----------------------------------------------------------------------------------

@@ -270,7 +270,13 @@ def test_a_pretrained_encoder_keeps_its_own_tokenizer(recipe: Load, home: Path, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "refresh", [{"name": "sync", "every": 3}, {"name": "async", "every": 4, "lag": 3}], ids=str
+    "refresh",
+    [
+        {"name": "sync", "every": 3},
+        {"name": "async", "every": 4, "lag": 3},
+        {"name": "sync", "every": 3, "share": 0.4},
+    ],
+    ids=str,
 )
 def test_two_processes_that_share_a_joint_run_leave_what_one_leaves(
     recipe: Load, home: Path, tmp_path: Path, refresh: dict[str, Any]

@@ -134,7 +134,8 @@ def main(cfg: JointConfig) -> dict[str, float]:
         matmul(cfg.matmul, cfg.device),
         progress("joint", cfg.steps, run.start) as advance,
         LiveIndex(
-            store, cfg.refresh, run.extra, distributed.barrier, telemetry.watchdog.check
+            *(store, cfg.refresh, run.extra),
+            *(distributed.barrier, telemetry.watchdog.check, distributed.gathered),
         ) as index,
     ):
         for step in range(run.start, cfg.steps):

@@ -240,6 +240,12 @@ def _forget_pending() -> None:
     live.LiveIndex.state = lambda self: honest(self) | {"pending": None}
 
 
+def _forget_demand() -> None:
+    honest = live.LiveIndex.state
+    forgotten = {"rows": [], "counts": [], "place": 0}
+    live.LiveIndex.state = lambda self: honest(self) | {"demand": forgotten}
+
+
 def _write_in_place() -> None:
     """The pointer first, then the files of the checkpoint that it names, one after the other."""
     honest = artifact.committing
@@ -257,5 +263,6 @@ FAULTS: dict[str, Callable[[], None]] = {
     "swap when ready": _swap_when_ready,
     "random state forgotten": _forget_random_state,
     "refresh under way forgotten": _forget_pending,
+    "finds forgotten": _forget_demand,
     "pointer before files": _write_in_place,
 }

@@ -36,7 +36,8 @@ class Generation:
     """Immutable; readers take one reference and keep it for the whole of their request.
 
     Row n of `chunks` (an Arrow table, memory-mapped when loaded) is the chunk `ids_N[n]`, and ids
-    increase from row to row. `step` is the optimizer step whose weights made the embeddings.
+    increase from row to row. `step` is the optimizer step whose weights made the embeddings, of
+    `encoded` chunks: after a partial refresh the other embeddings are of earlier steps.
     """
 
     index: base.Index
@@ -45,6 +46,7 @@ class Generation:
     kb_version: int
     kb_hash: str
     step: int
+    encoded: int
 
     def __post_init__(self) -> None:
         ids_N = self.chunks.column("id").to_numpy()
@@ -66,7 +68,8 @@ class Generation:
 
         Raises UserError when chunks and index differ.
         """
-        return cls(index, table_of(chunks), encoder_fingerprint, kb_version, kb_hash, step)
+        table = table_of(chunks)
+        return cls(index, table, encoder_fingerprint, kb_version, kb_hash, step, len(table))
 
     @classmethod
     def load(cls, directory: str | Path, encoder_fingerprint: str | None = None) -> Self:
@@ -83,11 +86,9 @@ class Generation:
                 f"{root} was embedded by encoder {made_by[:12]}, not {encoder_fingerprint[:12]}: "
                 "build the index again, or use the encoder that built it"
             )
-        with pa.memory_map(str(root / FILE)) as source:
-            table = pa.ipc.open_file(source).read_all()
-        return cls(
-            base.load(root), table, made_by, meta["kb_version"], meta["kb_hash"], meta["step"]
-        )
+        table = table_in(root)
+        told = (meta["kb_version"], meta["kb_hash"], meta["step"], meta.get("encoded", len(table)))
+        return cls(base.load(root), table, made_by, *told)
 
     def save(self, directory: str | Path, pointer: str | Path | None = None) -> None:
         """Commit the generation as `directory` and let the file `pointer` name it.
@@ -100,6 +101,7 @@ class Generation:
             "kb_hash": self.kb_hash,
             "step": self.step,
             "chunks": len(self),
+            "encoded": self.encoded,
         }
         with artifact.committing(directory, kind=KIND, meta=meta, pointer=pointer) as staging:
             self.index.save(staging)
@@ -120,6 +122,12 @@ class Generation:
         if row == len(self) or self.ids_N[row] != chunk_id:
             raise KeyError(f"chunk {chunk_id} is not in this generation")
         return Chunk(**{name: self.chunks.column(name)[row].as_py() for name in SCHEMA.names})
+
+
+def table_in(directory: Path) -> pa.Table:
+    """The chunks of a generation whose bytes have been verified, memory-mapped."""
+    with pa.memory_map(str(directory / FILE)) as source:
+        return pa.ipc.open_file(source).read_all()
 
 
 def table_of(chunks: Sequence[Chunk]) -> pa.Table:

@@ -1,14 +1,16 @@
 """An encoder and the chunks of a corpus -> a generation that training can search."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import overload
 
+import numpy as np
 import pyarrow as pa
 
 from rag2.index.base import Backend, Blocks
 from rag2.index.generation import Generation
 from rag2.modes import matmul
-from rag2.retriever.embed import embed_blocks
+from rag2.retriever.embed import WINDOW, embed_blocks, embed_corpus
 from rag2.retriever.encoder import DualEncoder
 
 
@@ -34,6 +36,14 @@ class Passages(Sequence[str]):
         return [f"{a}\n{b}" if a else b for a, b in zip(titles, texts, strict=True)]
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """The rows [M] of a generation that are encoded anew; the others keep its embeddings."""
+
+    old: Generation
+    rows_M: np.ndarray
+
+
 def generation(
     encoder: DualEncoder,
     chunks: pa.Table,
@@ -42,13 +52,40 @@ def generation(
     kb_version: int,
     kb_hash: str,
     progress: Callable[[int, int], None] | None = None,
+    part: Part | None = None,
 ) -> Generation:
-    """The chunks, encoded as the encoder is now, behind a new index.
+    """The chunks, or a part of them, encoded as the encoder is now, behind a new index.
 
     Batches have the same shapes and products the same precision wherever it runs, so that a
     worker's generation is that of training itself to the bit, on as many threads.
     """
     with matmul("highest"):
-        blocks = embed_blocks(encoder, Passages(chunks), progress=progress)
+        blocks = (
+            embed_blocks(encoder, Passages(chunks), progress=progress)
+            if part is None
+            else _renewed(encoder, part, progress)
+        )
         index = backend.fill(Blocks(blocks, chunks.column("id").to_numpy()))
-    return Generation(index, chunks, encoder.fingerprint(), kb_version, kb_hash, step)
+    encoded = len(chunks) if part is None else len(part.rows_M)
+    return Generation(index, chunks, encoder.fingerprint(), kb_version, kb_hash, step, encoded)
+
+
+def _renewed(
+    encoder: DualEncoder, part: Part, progress: Callable[[int, int], None] | None
+) -> Iterator[np.ndarray]:
+    """The old embeddings [W, D] of WINDOW rows at a time, those of the part encoded anew."""
+    old, rows_M, done = part.old, part.rows_M, 0
+    for start in range(0, len(old), WINDOW):
+        rows_W = np.arange(start, min(start + WINDOW, len(old)))
+        block_WD = old.index.vectors(rows_W).copy()
+        new = rows_M[(rows_M >= start) & (rows_M <= rows_W[-1])]
+        texts = Passages(old.chunks.take(new))
+        before = done
+
+        def told(more: int, _: int, before: int = before) -> None:
+            if progress is not None:
+                progress(before + more, len(rows_M))
+
+        block_WD[new - start] = embed_corpus(encoder, texts, progress=told)
+        done += len(new)
+        yield block_WD

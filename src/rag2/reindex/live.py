@@ -1,20 +1,21 @@
 """The index that training searches while the weights move: search, refresh, poll."""
 
-import json
 import logging
-import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from rag2 import artifact
 from rag2.index.generation import Generation
 from rag2.modes import computing_on
 from rag2.registry import UserError
+from rag2.reindex.build import Part
+from rag2.reindex.demand import Demand
+from rag2.reindex.journal import Journal
 from rag2.reindex.policy import (
     AdaptiveRefresh,
     AsyncRefresh,
@@ -55,24 +56,28 @@ class LiveIndex:
         state: Mapping[str, Any] | None = None,
         barrier: Callable[[], None] = lambda: None,
         check: Callable[[Generation], None] = lambda generation: None,
+        gathered: Callable[[Tensor], Tensor] = lambda rows: rows,
     ) -> None:
         """At the first generation, or where `state` of a checkpoint says.
 
         A refresh that was under way there is taken up again, from its snapshot. `barrier` waits for
-        the other processes of a training group; only that whose store keeps starts workers. `check`
-        sees every generation before it is searched, and may raise.
+        the other processes of a training group, `gathered` puts their rows together; only that
+        whose store keeps starts workers. `check` sees every generation before it is searched, and
+        may raise.
         """
         self._store, self._policy = store, policy
-        self._barrier, self._check = barrier, check
+        self._barrier, self._check, self._gathered = barrier, check, gathered
         self._pending: Pending | None = None
         self._made: Generation | None = None
         self._worker: Worker | None = None
         self._failures = 0
-        self._journal = _Journal(store.generations.parent / "swaps.jsonl", store.keep, bool(state))
+        self._journal = Journal(store.generations.parent / "swaps.jsonl", store.keep, bool(state))
         self.number = state["generation"] if state else 0
         self._swapped = state["swapped"] if state else -1
         self.generation = store.load(self.number) if state else store.build(0, 0)
         self._check(self.generation)
+        share = policy.share if isinstance(policy, SyncRefresh | Background) else 1.0
+        self._demand = Demand(share, self.generation.ids_N, state.get("demand") if state else None)
         if state and state.get("pending"):
             self._pending = Pending(**state["pending"])
         if state:
@@ -90,10 +95,16 @@ class LiveIndex:
             self._worker.kill()
 
     def search(self, queries_BD: np.ndarray, k: int) -> np.ndarray:
-        """Chunk ids_BK, best first, by the weights of `generation.step`; none for k = 0."""
+        """Chunk ids_BK, best first, by the weights of `generation.step`; none for k = 0.
+
+        What is found is counted: a partial refresh encodes it first.
+        """
         if k == 0:
             return np.zeros((len(queries_BD), 0), dtype=np.int64)
-        return self.generation.index.search(queries_BD, k)[1]
+        ids_BK = self.generation.index.search(queries_BD, k)[1]
+        if not self._demand.whole:
+            self._demand.count(self._gathered(torch.from_numpy(ids_BK)).cpu().numpy())
+        return ids_BK
 
     def refresh(self, step: int, overlap: float | None = None) -> None:
         """Begin the next generation if the policy says that one is due after `step`.
@@ -104,13 +115,15 @@ class LiveIndex:
         began = time.monotonic()
         if self._pending is None and self._policy.due(step, overlap):
             number = self.number + 1
+            rows_M = None if self._demand.whole else self._demand.choose()
             if isinstance(self._policy, Background):
-                fingerprint = self._store.snapshot(number, step + 1)
+                fingerprint = self._store.snapshot(number, step + 1, rows_M)
                 self._pending = Pending(number, step + 1, fingerprint)
                 self._launch()
             elif isinstance(self._policy, SyncRefresh):
+                part = None if rows_M is None else Part(self.generation, rows_M)
                 with computing_on(self._policy.threads, self._policy.cpus):
-                    self._made = self._store.build(number, step + 1)
+                    self._made = self._store.build(number, step + 1, part)
                 fingerprint = self._made.encoder_fingerprint
                 self._pending = Pending(number, step + 1, fingerprint)
         self._stalled += time.monotonic() - began
@@ -156,7 +169,8 @@ class LiveIndex:
     def state(self) -> dict[str, Any]:
         """What a checkpoint must hold for `LiveIndex` to go on from here."""
         pending = asdict(self._pending) if self._pending else None
-        return {"generation": self.number, "swapped": self._swapped, "pending": pending}
+        state = {"generation": self.number, "swapped": self._swapped, "pending": pending}
+        return state if self._demand.whole else state | {"demand": self._demand.state()}
 
     def prune(self, states: list[dict[str, Any]]) -> None:
         """Remove the generations and snapshots that neither these states nor this one need."""
@@ -237,33 +251,3 @@ def needed_by(state: Mapping[str, Any]) -> tuple[set[int], set[int]]:
     pending = state.get("pending")
     number = {pending["number"]} if pending else set[int]()
     return {state["generation"]} | number, number
-
-
-class _Journal:
-    """At which step each generation was swapped in, where the clock decided."""
-
-    def __init__(self, path: Path, keep: bool, resumed: bool) -> None:
-        self.path, self.keep, self.steps = path, keep, dict[int, int]()
-        if not resumed:
-            if keep:
-                path.unlink(missing_ok=True)
-        elif path.exists():
-            for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-                if line.endswith("\n"):  # a kill may have left half a line
-                    row = json.loads(line)
-                    self.steps[row["generation"]] = row["step"]
-            if keep:
-                artifact.replace(path, "".join(map(_line, self.steps.items())))
-
-    def add(self, generation: int, step: int) -> None:
-        """Durable on return: the swap that follows will be found where it was."""
-        self.steps[generation] = step
-        if self.keep:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(_line((generation, step)))
-                file.flush()
-                os.fsync(file.fileno())
-
-
-def _line(swap: tuple[int, int]) -> str:
-    return json.dumps({"generation": swap[0], "step": swap[1]}) + "\n"

@@ -17,7 +17,15 @@ class NoRefresh(Config):
         return False
 
 
-class SyncRefresh(Config):
+class Partial(Config):
+    """How much of the corpus a refresh encodes."""
+
+    share: float = Field(default=1.0, gt=0, le=1)
+    """of the chunks that are encoded anew: those that training found most often since their last
+    turn, and for a quarter of it the next ones round the corpus; the others stay as they are"""
+
+
+class SyncRefresh(Partial):
     """Stop and re-encode the corpus every `every` steps (as Atlas does, Izacard et al. 2022)."""
 
     name: Literal["sync"] = "sync"
@@ -33,7 +41,7 @@ class SyncRefresh(Config):
         return (step + 1) % self.every == 0
 
 
-class Background(Config):
+class Background(Partial):
     """A worker process re-encodes a snapshot of the encoder while training goes on."""
 
     device: str = "cpu"

@@ -1,7 +1,8 @@
 """The generations of a run on disk, and the snapshots of the encoder that they are made from.
 
 generations/000003/   an index with its chunks, committed; generations/current names the latest
-snapshots/000003/     the encoder that generation 3 is made from, while it is being made
+snapshots/000003/     the encoder that generation 3 is made from, while it is being made, and
+                      which rows of generation 2 it encodes, where they are not all
 """
 
 import json
@@ -9,6 +10,9 @@ import shutil
 import sys
 from collections.abc import Collection, Sequence
 from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import save_file
 
 from rag2 import artifact
 from rag2.index.base import Backend
@@ -38,26 +42,34 @@ class Store:
         self.chunks, self.encoder, self.backend = table_of(chunks), encoder, backend
         self.kb_version, self.kb_hash, self.keep = kb_version, kb_hash, keep
 
-    def build(self, number: int, step: int) -> Generation:
-        """Encode every chunk here and now, with the weights of `step`; commit, if it is kept."""
+    def build(self, number: int, step: int, part: build.Part | None = None) -> Generation:
+        """Encode all chunks or a part here and now, with the weights of `step`; commit, if kept."""
+        version, kb_hash = self.kb_version, self.kb_hash
         made = build.generation(
-            self.encoder, self.chunks, self.backend, step, self.kb_version, self.kb_hash
+            self.encoder, self.chunks, self.backend, step, version, kb_hash, part=part
         )
         if self.keep:
             self.drop(number)  # a run that continues from a checkpoint builds again
             made.save(self._path(number), pointer=self.generations / "current")
         return made
 
-    def snapshot(self, number: int, step: int) -> str:
-        """Commit the encoder as it is now; returns its fingerprint."""
+    def snapshot(self, number: int, step: int, rows_M: np.ndarray | None = None) -> str:
+        """Commit the encoder as it is now, and the rows to encode if not all; its fingerprint."""
         fingerprint = self.encoder.fingerprint()
         if self.keep:
             directory = self.snapshots / f"{number:06d}"
             artifact.sweep(self.snapshots)
             shutil.rmtree(directory, ignore_errors=True)
-            meta = {"step": step, "encoder_fingerprint": fingerprint}
+            meta = {
+                "step": step,
+                "encoder_fingerprint": fingerprint,
+                "kb_version": self.kb_version,
+                "kb_hash": self.kb_hash,
+            }
             with artifact.committing(directory, kind=worker.KIND, meta=meta) as staging:
                 self.encoder.save(staging / "encoder")
+                if rows_M is not None:
+                    save_file({"rows": rows_M}, staging / worker.ROWS)
         return fingerprint
 
     def launch(self, number: int, current: int, step: int, settings: Background) -> Worker:

@@ -17,6 +17,7 @@ from typing import Any
 
 import pyarrow as pa
 import torch
+from safetensors.numpy import load_file
 
 from rag2 import artifact
 from rag2.config import Config
@@ -26,6 +27,7 @@ from rag2.reindex import build
 from rag2.retriever.encoder import DualEncoder
 
 KIND = "snapshot"  # the artifact that holds an encoder as it was at a step
+ROWS = "rows.safetensors"  # in it: the rows that are to be encoded, where they are not all
 EVERY = 0.5  # seconds between two signs of life
 
 
@@ -35,7 +37,7 @@ class Spec(Config):
     snapshot: str
     """artifact with the encoder"""
     chunks: str
-    """generation whose chunks are encoded"""
+    """generation whose chunks are encoded; of a part, whose other embeddings are kept"""
     directory: str
     """where the new generation is committed"""
     index: dict[str, Any]
@@ -65,14 +67,21 @@ def work(spec: Spec, progress: Callable[[int, int], None]) -> None:
     """Encode, build, commit; an earlier try's leftovers do not matter, its result would be this."""
     artifact.verify(spec.snapshot, kind=KIND)
     encoder = DualEncoder.load(Path(spec.snapshot) / "encoder").to(spec.device)
-    artifact.verify(spec.chunks, kind=generations.KIND)
-    with pa.memory_map(str(Path(spec.chunks) / generations.FILE)) as source:
-        chunks = pa.ipc.open_file(source).read_all()
-        backend = lookup("index", spec.index["name"]).model_validate(spec.index)
-        made = build.generation(
-            encoder, chunks, backend, spec.step, spec.kb_version, spec.kb_hash, progress
-        )
-        made.save(spec.directory)
+    chunks, part = _corpus(Path(spec.chunks), Path(spec.snapshot) / ROWS)
+    backend = lookup("index", spec.index["name"]).model_validate(spec.index)
+    made = build.generation(
+        encoder, chunks, backend, spec.step, spec.kb_version, spec.kb_hash, progress, part
+    )
+    made.save(spec.directory)
+
+
+def _corpus(generation: Path, rows: Path) -> tuple[pa.Table, build.Part | None]:
+    """The chunks of a generation, memory-mapped; its embeddings only where a part is encoded."""
+    if rows.exists():
+        old = generations.Generation.load(generation)
+        return old.chunks, build.Part(old, load_file(rows)["rows"])
+    artifact.verify(generation, kind=generations.KIND)
+    return generations.table_in(generation), None
 
 
 def _pulse(duty: float) -> Callable[[int, int], None]:

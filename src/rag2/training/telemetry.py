@@ -32,7 +32,9 @@ class Telemetry:
         """Of a generation at its first step: recall@5, and what a collapse would show in."""
         if not (index.fresh(step) and self.watch.questions):
             return {}
-        recall = self.watch.recall_at_5(self.encoder, index.search)
+        # Not index.search: what validation finds must not decide what is encoded for training.
+        search = index.generation.index.search
+        recall = self.watch.recall_at_5(self.encoder, lambda queries, k: search(queries, k)[1])
         return {"recall": recall, **self.watchdog.figures()}
 
     def after(self, step: int, index: LiveIndex) -> dict[str, float]:

@@ -69,6 +69,14 @@ def test_a_failing_system_call_leaves_the_previous_artifact_in_force(
     assert names(tmp_path) == {"step-1", "latest"} | committed
 
 
+def test_a_full_disk_is_named_whichever_library_noticed_it(tmp_path: Path):
+    said = "write error in x: 1048531 != 3200000 (No space left on device)"  # as FAISS says it
+    with pytest.raises(OSError, match="No space left") as caught:
+        with committing(tmp_path / "g", kind="generation"):
+            raise RuntimeError(said)
+    assert caught.value.filename == str(tmp_path / "g") and names(tmp_path) == set()
+
+
 CRASH = """
 import os, pathlib, sys
 sys.path.insert(0, {src!r})

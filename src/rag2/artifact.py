@@ -24,6 +24,7 @@ from rag2.registry import UserError
 FORMAT = 1
 MANIFEST = "manifest.json"
 KEYS = {"format", "kind", "files", "meta"}
+FULL = os.strerror(errno.ENOSPC)  # "No space left on device"
 LARGEST_MANIFEST = 64 << 20  # bytes; a larger one is no manifest of ours
 
 
@@ -42,7 +43,8 @@ def committing(
 
     `meta` (parents, fingerprints; JSON values) goes into the manifest and may be filled inside the
     block. `pointer`, a text file in a parent folder of `directory`, names it once all is durable.
-    Raises ArtifactError if `directory` exists; on any exception nothing is left behind.
+    Raises ArtifactError if `directory` exists, OSError naming it if there is no space left; on any
+    exception nothing is left behind.
     """
     directory = Path(directory).absolute()
     if pointer is not None:
@@ -62,8 +64,10 @@ def committing(
                 _refuse_existing(directory)
             raise
         _sync_directory(directory.parent)
-    except BaseException:  # KeyboardInterrupt and SystemExit leave nothing behind either
+    except BaseException as error:  # KeyboardInterrupt and SystemExit leave nothing behind either
         shutil.rmtree(staging, ignore_errors=True)
+        if FULL in str(error):  # safetensors and FAISS say it with errors of their own
+            raise OSError(errno.ENOSPC, FULL, str(directory)) from error
         raise
     finally:
         os.close(lock)

@@ -115,6 +115,7 @@ class Forked(process.Worker):
 
     def __init__(self, command: Sequence[str], log: Path, threads: int, patience: float) -> None:
         self.log, self.patience, self.done, self.total = log, patience, 0, 0
+        log.touch()  # by the trainer, as the real one does: a fork may be killed before it opens it
         self._process: Any = _Fork(command[-1], log)
         os.set_blocking(self._process.stdout.fileno(), False)
         self._heard, self._rest = time.monotonic(), b""

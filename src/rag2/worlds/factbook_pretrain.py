@@ -13,7 +13,7 @@ PLAIN, DISTRACTED, CLOSED = 0.10, 0.10, 0.05  # shares of rows; the rest is read
 BY_HEART = 0.7  # of closed-book rows: control facts, which the base shall know
 ASKED = 0.6  # of reading rows: about a fact that questions are asked for
 GENERIC_TOO = 0.5  # of passages with both: asked in the page's words besides
-DISGUISED = 0.5  # of reading rows with a passage: its digits exchanged, so that none is known
+DISGUISED = 0.5  # of rows that read the right passage: digits exchanged, so that none is known
 GENERIC = (
     "{label} of {country}?",
     "What is the {label} of {country}?",
@@ -59,11 +59,11 @@ def rows(
             known = heart and rng.random() < BY_HEART
             qa = _pairs(rng.choice(heart), rng) if known else _questions(passage, rng)
             yield {"title": "", "text": "", "qa": qa}
+        elif kind < PLAIN + CLOSED + DISTRACTED:
+            shown = rng.choice(everything)
+            yield {"title": shown.title, "text": shown.text, "qa": _questions(passage, rng)}
         else:
-            shown = passage
-            if kind < PLAIN + CLOSED + DISTRACTED:
-                shown = rng.choice(everything)
-            row = {"title": shown.title, "text": shown.text, "qa": _questions(passage, rng)}
+            row = {"title": passage.title, "text": passage.text, "qa": _questions(passage, rng)}
             yield _disguised(row, rng) if rng.random() < DISGUISED else row
 
 

@@ -1,20 +1,34 @@
 """What an arm's generator is asked besides: choices that take turns, choices without a context."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from made import Drawn
 from rag2.evaluation import arms
-from rag2.evaluation.arms import Found, Reader
+from rag2.evaluation.arms import ARMS, Found, Reader
 from rag2.evaluation.select import Choice
 from rag2.generator.load import build_llama
 from rag2.generator.prompt import Prompt
+from rag2.systems import Parts
 from rag2.types import Question
 from small_models import by_hand, encode_pair, small_tokenizer
 from small_world import SHAPE, roughen
 
 ASKED = Question("q", "Which?", ("x", "y", "z"), 0)
 CLOSED = Found(np.zeros((1, 0)), np.zeros((1, 0), dtype=np.int64))
+
+
+def test_every_part_of_an_arm_is_that_of_its_own_stage(tmp_path: Path):
+    parts, stages = Parts.of_home(tmp_path), ("base", "ft", "ft_paraphrase", "sft_closed", "sft")
+    for stage in (*stages, "joint"):
+        assert parts.generators[stage] == str(tmp_path / stage / "final" / "generator")
+    for name, stage in (("warm", "retriever"), ("joint", "joint")):
+        assert parts.retrievers[name] == str(tmp_path / stage / "final" / "retriever")
+    read = {name: arm.generator for name, arm in ARMS.items() if arm.generator}
+    assert read["sft"] == "sft_closed" and read["sft_rag"] == "sft"
+    assert all(read[name] == name for name in ("base", "ft", "ft_paraphrase", "joint"))
 
 
 def turns(reader: Drawn, ids: tuple[int, ...], p_TC: list[list[float]]) -> None:

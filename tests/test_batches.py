@@ -92,6 +92,8 @@ def test_a_question_gets_k_different_chunks_those_of_the_index_first(
     assert one_by_one[::-1] == found  # no state between the calls
     if cfg[3]:
         assert ids(propose(rows, dense, step=4)) != found
+        another = Proposals(candidates, chunks, questions, seed + 1)
+        assert ids(another(rows, dense, step=3)) != found
 
 
 def test_the_answers_words_find_the_chunk_that_the_questions_words_miss(chunks: list[Chunk]):

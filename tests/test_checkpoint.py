@@ -209,6 +209,21 @@ def test_matrices_decay_and_vectors_do_not_and_every_weight_is_in_one_group():
     assert optim.set_lr(optimizer, 1.0) == {"a": 0.1}
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_the_last_update_broke_are_never_committed(tmp_path: Path, value: float):
+    module = nn.Linear(2, 2)
+    optimizer = optim.adamw({"net": (module.parameters(), 0.1)}, 0.0, (0.9, 0.99))
+    run = Run(Settings(out=str(tmp_path)), {"net": module}, optimizer)
+    with torch.no_grad():
+        module.bias[1] = value
+    with pytest.raises(optim.NonFiniteError, match=r"net\.bias is not finite after 7 steps"):
+        run.checkpoint(7)
+    with pytest.raises(optim.NonFiniteError, match=r"net\.bias is not finite at the end"):
+        run.finish()
+    run.log.close()
+    assert not (tmp_path / "checkpoints").exists() and not (tmp_path / "final").exists()
+
+
 @pytest.mark.parametrize("broken", ["loss", "gradient"])
 def test_what_is_not_finite_stops_the_run_before_the_update(broken: str):
     weight = nn.Parameter(torch.ones(3))

@@ -22,6 +22,7 @@ from rag2.evaluation.questions import load_questions
 from rag2.evaluation.results import strip_times
 from rag2.generator.load import Generator
 from rag2.registry import UserError
+from rag2.retriever.encoder import DualEncoder
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = os.pathsep.join([str(ROOT / "src"), str(ROOT / "kernels")])
@@ -94,6 +95,11 @@ def in_this_process(
 def lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a JSONL file."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+
+
+def manifest(stage: Path) -> dict[str, Any]:
+    """What a stage's final/ tells of itself."""
+    return json.loads((stage / "final" / "manifest.json").read_text())["meta"]
 
 
 def samples(out: Path) -> dict[str, list[dict[str, Any]]]:
@@ -180,6 +186,14 @@ def test_the_report_and_the_stages_are_written(job: Job, results: dict[str, Any]
     for stage in ("base", "retriever", "ft", "ft_paraphrase", "sft_closed", "sft", "joint"):
         names = {path.name for path in (home / stage).iterdir()}
         assert {"config.yaml", "log.jsonl", "final", "stage.json"} <= names, stage
+    # Equal supervision: the generator alone learns, beside the retriever of the warm start.
+    assert manifest(home / "sft")["trained"]["retriever"] == 0
+    assert manifest(home / "sft")["trained"]["generator"] > 0
+    warm, beside = (
+        DualEncoder.load(home / stage / "final" / "retriever").fingerprint()
+        for stage in ("retriever", "sft")
+    )
+    assert warm == beside
     trained = {name: arm["trained_parameters"] for name, arm in results["arms"].items()}
     assert trained["base"] == trained["bm25_rag"] == trained["majority"] == 0
     assert trained["joint"] == trained["ft"] + trained["frozen_rag"] == trained["ft_rag"] > 0

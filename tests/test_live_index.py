@@ -12,7 +12,8 @@ from rag2.registry import UserError
 from rag2.reindex.live import LiveIndex
 from rag2.reindex.policy import NoRefresh, SyncRefresh
 from rag2.reindex.store import Store
-from rag2.retrieval import Gold, Random, gold_chunks, recall
+from rag2.retrieval import Dense, Gold, Random, gold_chunks, recall
+from rag2.retriever.embed import embed_corpus
 from rag2.retriever.encoder import DualEncoder
 from rag2.types import Chunk, Question
 from small_world import asked
@@ -118,6 +119,20 @@ def test_an_answer_inside_another_word_is_no_evidence():
     chunks = [Chunk(1, "d", "It is not so."), Chunk(2, "d", "The answer: no.")]
     asked = Question("q", "Is it so?", ("yes", "no"), 1, evidence=("d",))
     assert gold_chunks([asked], chunks) == {"q": [2]}
+
+
+def test_what_dense_retrieval_scores_are_the_logits_of_training(
+    tmp_path: Path, chunks: list[Chunk], encoder: DualEncoder
+):
+    with torch.no_grad():
+        encoder.log_scale.fill_(2.5)
+    made = store(tmp_path, chunks, encoder).build(0, 0)
+    question = asked(chunks)[4]
+    scores_QK, ids_QK = Dense(encoder, made).search([question], 5)
+    found = [made.chunk(i).passage for i in ids_QK[0].tolist()]
+    query_D = embed_corpus(encoder, [question.question], side="question")[0]
+    cosines_K = embed_corpus(encoder, found) @ query_D
+    np.testing.assert_allclose(scores_QK[0], np.exp(2.5) * cosines_K, rtol=1e-4)
 
 
 def test_random_chunks_are_different_and_the_same_for_the_same_seed(chunks: list[Chunk], seed: int):

@@ -37,6 +37,7 @@ def test_a_share_of_the_questions_and_some_of_the_paraphrases_are_what_is_traine
     train = texts(objective={"name": "supervised"})
     some = texts(objective={"name": "supervised"}, question_share=0.1)
     assert len(some) == math.ceil(len(train) / 10) and all(q in train for q in some)
+    assert {question.split for question in train} == {"train"}
 
     pairs = [(of, f"{of} {n}") for n in range(3) for of in "ab"]
     rows = [{"title": "t", "text": text, "metadata": {"of": of}} for of, text in pairs]
@@ -64,6 +65,17 @@ def test_joint_training_on_a_share_asks_that_share_only(
     start(recipe, "joint", home, tmp_path / "some", steps=1, question_share=0.1)
     train = split(load_questions(home / "data" / "questions.jsonl"), "train")
     assert asked == [subset(train, 0.1, 3)] and 0 < len(asked[0]) < len(train)
+
+
+def test_another_seed_asks_other_questions_in_another_order(
+    recipe: Load, home: Path, tmp_path: Path
+):
+    words = {"dense": 0, "bm25": 4, "random": 0}  # candidates that depend on the question alone
+    for seed in (3, 4):
+        out = tmp_path / str(seed)
+        start(recipe, "joint", home, out, steps=1, seed=seed, candidates=words)
+    one, other = (log(tmp_path / str(seed))[0]["retrieved_digest"] for seed in (3, 4))
+    assert one != other
 
 
 # --- frozen halves --------------------------------------------------------------------------------

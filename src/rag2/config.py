@@ -28,7 +28,9 @@ SHIPPED = (PACKAGE.parents[1], PACKAGE / "recipes")
 class Config(BaseModel):
     """Base of every configuration: frozen, unknown keys refused, partial blocks completed."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
     @model_validator(mode="before")
     @classmethod

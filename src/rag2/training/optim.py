@@ -10,7 +10,7 @@ from torch import nn
 
 from rag2.config import Config
 from rag2.registry import UserError
-from rag2.training import sharding
+from rag2.training import distributed, sharding
 
 _Decay = Annotated[float, Field(ge=0, lt=1)]
 Betas = tuple[_Decay, _Decay]  # of AdamW's running means: of gradients, of their squares
@@ -175,3 +175,20 @@ def clip(parameters: list[nn.Parameter], loss: float, max_norm: float, step: int
             f"step {step}: loss {loss}, gradient norm {norm}: not finite; try a lower learning rate"
         )
     return norm
+
+
+def check_finite(modules: Mapping[str, nn.Module], step: int | None = None) -> None:
+    """Raise NonFiniteError naming a trained weight that is not finite in any process.
+
+    Before a commit: the update of the last step is looked at by no later loss.
+    """
+    bad = [
+        f"{name}.{path}"
+        for name, module in modules.items()
+        for path, weight in module.named_parameters()
+        if weight.requires_grad and not sharding.piece(weight).isfinite().all()
+    ]
+    if distributed.any_of(bool(bad)):
+        where = f"after {step} steps" if step is not None else "at the end"
+        what = bad[0] if bad else "a weight of another process"
+        raise NonFiniteError(f"{what} is not finite {where}; try a lower learning rate")

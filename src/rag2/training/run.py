@@ -12,7 +12,7 @@ from rag2.generator.load import Generator
 from rag2.generator.prompt import Prompt
 from rag2.registry import UserError
 from rag2.retriever.encoder import DualEncoder
-from rag2.training import checkpoint, distributed, sharding, track
+from rag2.training import checkpoint, distributed, optim, sharding, track
 from rag2.training.log import NoLog, RunLog
 from rag2.training.optim import Optimizer
 
@@ -69,7 +69,11 @@ class Run:
             artifact.replace(saved, config.dump(cfg))
 
     def checkpoint(self, step: int, **extra: Any) -> None:
-        """Commit everything needed to go on at `step`; all processes call it."""
+        """Commit everything needed to go on at `step`; all processes call it.
+
+        Raises NonFiniteError when the last update left weights that are not numbers.
+        """
+        optim.check_finite(self.modules, step)
         self.log.sync()
         checkpoint.save(self.out, step, self.modules, self.optimizer, extra)
 
@@ -83,7 +87,9 @@ class Run:
         """Commit final/: the trained halves, the prompt, and `meta` in the manifest.
 
         All processes call it, for they may hold pieces of the generator; the first one writes.
+        Raises NonFiniteError as `checkpoint` does.
         """
+        optim.check_finite(self.modules)
         weights = None
         if generator is not None and sharding.is_sharded(generator.model):
             weights = sharding.whole(generator.model.state_dict(keep_vars=True))

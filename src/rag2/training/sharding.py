@@ -62,6 +62,11 @@ def cut(tensor: Tensor, model: Tensor) -> Tensor:
     return distribute_tensor(tensor, model.device_mesh, model.placements, src_data_rank=None)
 
 
+def piece(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor: all of it, or its piece."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def clip(parameters: Sequence[nn.Parameter], max_norm: float) -> Tensor:
     """torch's clip_grad_norm_ by the norm of all gradients, of which some may be in pieces."""
     pieces = [p for p in parameters if isinstance(p, DTensor)]

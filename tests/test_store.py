@@ -226,7 +226,7 @@ def test_a_build_without_a_document_or_that_fails_leaves_no_file(tmp_path, chunk
     (tmp_path / "empty").mkdir()
     bad = write_jsonl(tmp_path / "bad.jsonl", [{"text": ""}, []])
     good = write_jsonl(tmp_path / "good.jsonl", [{"text": "good"}])
-    out = tmp_path / "out"
+    out = tmp_path / "new" / "out"
     for sources, message in [
         ([], "no document in no source"),
         ([tmp_path / "empty"], "no document in"),
@@ -237,7 +237,11 @@ def test_a_build_without_a_document_or_that_fails_leaves_no_file(tmp_path, chunk
             build(out / "kb.sqlite", sources, chunker)
     with pytest.raises(UserError, match="tokenizer is not set"):
         build(out / "kb.sqlite", [good], TokenChunker(tokenizer=""))
-    assert list(out.iterdir()) == []
+    assert not out.parent.exists()  # nor a folder
+    out.mkdir(parents=True)
+    with pytest.raises(UserError, match="no document in"):
+        build(out / "kb.sqlite", [], chunker)
+    assert list(out.iterdir()) == []  # but one that was there stays
 
 
 def test_a_killed_build_leaves_no_knowledge_base_and_the_next_one_is_the_same(tmp_path, chunker):

@@ -3,6 +3,7 @@
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,17 +47,24 @@ def build(path: Path | str, sources: Sequence[Path | str], chunker: Chunker) -> 
     for taken in (path, *(path.with_name(path.name + end) for end in ("-wal", "-journal"))):
         if taken.exists() or taken.is_symlink():
             raise UserError(f"{taken} already exists; remove it or choose another path")
+    missing = [folder for folder in path.absolute().parents if not folder.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as staging:
-        partial = Path(staging) / path.name
-        inputs = _Inputs(sources)
-        with KnowledgeBase(partial, create=True) as kb:
-            chunks = kb.add(inputs, chunker)
-            kb.seal()
-        if not inputs.seen:
-            raise UserError(_nothing(sources, inputs.rejected))
-        _sync(partial)
-        os.rename(partial, path)
+    try:
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as staging:
+            partial = Path(staging) / path.name
+            inputs = _Inputs(sources)
+            with KnowledgeBase(partial, create=True) as kb:
+                chunks = kb.add(inputs, chunker)
+                kb.seal()
+            if not inputs.seen:
+                raise UserError(_nothing(sources, inputs.rejected))
+            _sync(partial)
+            os.rename(partial, path)
+    except BaseException:
+        for folder in missing:  # innermost first
+            with suppress(OSError):  # somebody else may have put something there
+                folder.rmdir()
+        raise
     _sync(path.parent)
     return Summary(len(inputs.seen), inputs.rejected, chunks)
 

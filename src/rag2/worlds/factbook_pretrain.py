@@ -13,7 +13,6 @@ PLAIN, DISTRACTED, CLOSED = 0.10, 0.10, 0.05  # shares of rows; the rest is read
 BY_HEART = 0.7  # of closed-book rows: control facts, which the base shall know
 ASKED = 0.6  # of reading rows: about a fact that questions are asked for
 GENERIC_TOO = 0.5  # of passages with both: asked in the page's words besides
-DISGUISED = 0.5  # of rows that read the right passage: digits exchanged, so that none is known
 GENERIC = (
     "{label} of {country}?",
     "What is the {label} of {country}?",
@@ -59,12 +58,11 @@ def rows(
             known = heart and rng.random() < BY_HEART
             qa = _pairs(rng.choice(heart), rng) if known else _questions(passage, rng)
             yield {"title": "", "text": "", "qa": qa}
-        elif kind < PLAIN + CLOSED + DISTRACTED:
-            shown = rng.choice(everything)
-            yield {"title": shown.title, "text": shown.text, "qa": _questions(passage, rng)}
         else:
-            row = {"title": passage.title, "text": passage.text, "qa": _questions(passage, rng)}
-            yield _disguised(row, rng) if rng.random() < DISGUISED else row
+            shown = passage
+            if kind < PLAIN + CLOSED + DISTRACTED:
+                shown = rng.choice(everything)
+            yield {"title": shown.title, "text": shown.text, "qa": _questions(passage, rng)}
 
 
 def _questions(passage: Passage, rng: random.Random) -> list[list[str]]:
@@ -76,16 +74,6 @@ def _questions(passage: Passage, rng: random.Random) -> list[list[str]]:
     if not found or rng.random() < GENERIC_TOO:
         found += [[rng.choice(wordings), value] for wordings, value in passage.generic]
     return rng.sample(found, min(len(found), rng.randint(3, 6)))
-
-
-def _disguised(row: Row, rng: random.Random) -> Row:
-    """The row with each digit everywhere another one: a value that was met before is no help.
-
-    As with the exchanged entities of Longpre et al. 2021, the answer is in the passage or nowhere.
-    """
-    digits = str.maketrans("0123456789", "".join(rng.sample("0123456789", 10)))
-    qa = [[text.translate(digits) for text in pair] for pair in row["qa"]]
-    return {"title": row["title"], "text": row["text"].translate(digits), "qa": qa}
 
 
 def _pairs(pairs: tuple[Pair, ...], rng: random.Random) -> list[list[str]]:

@@ -415,6 +415,25 @@ def test_a_worker_and_training_itself_make_the_same_partial_generation(
     assert live.poll(4) and same(live.generation, expected)
 
 
+def test_a_part_of_a_corpus_that_takes_several_blocks_is_the_same_rows(
+    store: Store, encoder: DualEncoder, monkeypatch: pytest.MonkeyPatch
+):
+    old = store.build(0, 0)
+    moved(encoder)
+    rows = np.array([0, 4, 5, 17])  # some blocks of five have none of them
+    monkeypatch.setattr("rag2.reindex.build.WINDOW", 5)
+    told: list[tuple[int, int]] = []
+    made = build.generation(
+        *(encoder, store.chunks, Flat(device="cpu"), 4, 1, "h"),
+        progress=lambda done, total: told.append((done, total)),
+        part=build.Part(old, rows),
+    )
+    every = np.arange(len(old))
+    changed = (made.index.vectors(every) != old.index.vectors(every)).any(axis=1)
+    assert np.flatnonzero(changed).tolist() == rows.tolist()
+    assert [done for done, _ in told] == sorted(done for done, _ in told) and told[-1] == (4, 4)
+
+
 def test_finds_are_counted_on_in_a_run_that_goes_on(
     store: Store, encoder: DualEncoder, inline: type[Inline]
 ):

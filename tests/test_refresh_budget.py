@@ -177,6 +177,7 @@ class Clock:
 class Made:
     step: int
     encoder_fingerprint: str = ""
+    ids_N: tuple[int, ...] = (0,)
 
     def __len__(self) -> int:
         return 1

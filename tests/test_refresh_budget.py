@@ -208,11 +208,11 @@ class FakeStore:
     chunks: list[int] = field(default_factory=lambda: [0])
     made: dict[int, Made] = field(default_factory=dict)
 
-    def build(self, number: int, step: int) -> Made:
+    def build(self, number: int, step: int, part: None = None) -> Made:
         self.clock.now += self.seconds if number else 0
         return Made(step)
 
-    def snapshot(self, number: int, step: int) -> str:
+    def snapshot(self, number: int, step: int, rows_M: None = None) -> str:
         self.made[number] = Made(step)
         return ""
 

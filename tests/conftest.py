@@ -21,6 +21,7 @@ from rag2.reindex.store import Store
 from rag2.retriever.encoder import DualEncoder, EncoderConfig
 from rag2.types import Chunk
 from rag2.worlds.almanac import Almanac
+from refreshes import Inline
 from small_world import SHAPE, tokenizer_of
 from texts import byte_level, word_pieces
 
@@ -140,3 +141,11 @@ def recipe() -> Callable[[str], ModuleType]:
         return loaded[path]
 
     return load
+
+
+@pytest.fixture
+def inline(monkeypatch: pytest.MonkeyPatch) -> type[Inline]:
+    """Workers without processes; a class of its own for each test."""
+    fresh = type("Fresh", (Inline,), {"launched": []})
+    monkeypatch.setattr("rag2.reindex.store.Worker", fresh)
+    return fresh

@@ -7,50 +7,23 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import ClassVar
 
-import numpy as np
 import pytest
-from safetensors.numpy import load_file
 
 from rag2 import artifact
-from rag2.index.flat import Flat
-from rag2.index.generation import Generation, table_of
 from rag2.registry import UserError
-from rag2.reindex import build
-from rag2.reindex import worker as worker_module
 from rag2.reindex.live import LiveIndex
-from rag2.reindex.policy import AdaptiveRefresh, AsyncRefresh, EagerRefresh, SyncRefresh
+from rag2.reindex.policy import AdaptiveRefresh, AsyncRefresh, EagerRefresh
 from rag2.reindex.process import Worker, WorkerFailed
 from rag2.reindex.store import Store
-from rag2.reindex.worker import Spec
 from rag2.retriever.encoder import DualEncoder
 from rag2.types import Chunk
+from refreshes import Inline, moved, rebuilt, same
 from small_runs import Killed, Load, killed_at, log, start, weights
-from small_world import roughen
 
 pytestmark = pytest.mark.usefixtures("seed")
-
-
-def moved(encoder: DualEncoder) -> None:
-    """What training does to the encoder."""
-    roughen(encoder.towers, 0.05)
-
-
-def rebuilt(snapshot: Path, chunks: list[Chunk], step: int) -> Generation:
-    """A generation from scratch, of an encoder as it was saved."""
-    encoder = DualEncoder.load(snapshot / "encoder")
-    return build.generation(encoder, table_of(chunks), Flat(device="cpu"), step, 1, "h")
-
-
-def same(a: Generation, b: Generation) -> bool:
-    """Equal to the bit: vectors, ids, texts and what is told of them."""
-    rows = np.arange(len(a))
-    vectors = np.array_equal(a.index.vectors(rows), b.index.vectors(rows))
-    told = (a.encoder_fingerprint, a.step, a.kb_hash) == (b.encoder_fingerprint, b.step, b.kb_hash)
-    return vectors and told and a.chunks.equals(b.chunks)
 
 
 # --- the worker as a process ----------------------------------------------------------------------
@@ -172,36 +145,6 @@ def status(pid: int) -> str:
 
 
 # --- what training sees of it ---------------------------------------------------------------------
-
-
-class Inline:
-    """In place of the process: the same work here and now, told as done after `slow` looks."""
-
-    slow = 0
-    spoil: Callable[[Path, int], None] = staticmethod(lambda directory, number: None)
-    launched: ClassVar[list[Path]] = []
-
-    def __init__(self, command: Sequence[str], log: Path, threads: int, patience: float) -> None:
-        spec = Spec.model_validate_json(Path(command[-1]).read_text())
-        self.pid, self.looks = os.getpid(), self.slow
-        worker_module.work(spec, lambda done, total: None)
-        self.launched.append(Path(spec.directory))
-        self.spoil(Path(spec.directory), len(self.launched))
-
-    def finished(self) -> bool:
-        self.looks -= 1
-        return self.looks < 0
-
-    def wait(self) -> None: ...
-    def kill(self) -> None: ...
-
-
-@pytest.fixture
-def inline(monkeypatch: pytest.MonkeyPatch) -> type[Inline]:
-    """Workers without processes; a class of its own for each test."""
-    fresh = type("Fresh", (Inline,), {"launched": []})
-    monkeypatch.setattr("rag2.reindex.store.Worker", fresh)
-    return fresh
 
 
 def swaps(live: LiveIndex, encoder: DualEncoder, steps: range) -> list[tuple[int, int]]:
@@ -365,93 +308,6 @@ def test_an_adaptive_refresh_begins_when_the_overlap_is_too_small_and_only_then(
         if live.poll(step):
             found.append((step, live.generation.step))
     assert found == [(9, 8), (14, 13)]  # that of step 8 came while one was under way
-
-
-# --- a part of the corpus -------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["sync", "async"])
-def test_a_partial_refresh_encodes_what_was_found_first_and_keeps_the_other_embeddings(
-    store: Store, chunks: list[Chunk], encoder: DualEncoder, inline: type[Inline], name: str
-):
-    policies = {
-        "sync": SyncRefresh(every=4, share=0.5),
-        "async": AsyncRefresh(every=4, lag=1, share=0.5),
-    }
-    live = LiveIndex(store, policies[name])
-    old, rows = live.generation, np.arange(len(chunks))
-    before = old.index.vectors(rows).copy()
-    moved(encoder)
-    queries_BD = old.index.vectors(np.array([3, 7]))
-    ids = live.search(queries_BD, 2)
-    size = round(0.5 * len(chunks))
-    live.refresh(3)
-    whole = build.generation(encoder, store.chunks, Flat(device="cpu"), 4, 1, "h")
-    assert live.poll(4 if name == "async" else 3) and live.generation is not old
-    after, new = live.generation.index.vectors(rows), whole.index.vectors(rows)
-    changed = (after != before).any(axis=1)
-    assert changed.sum() == size == live.generation.encoded and len(old) == old.encoded
-    assert changed[np.searchsorted(live.generation.ids_N, ids.flatten())].all()
-    np.testing.assert_allclose(after[changed], new[changed], atol=1e-5)  # other batches
-    assert live.generation.encoder_fingerprint == encoder.fingerprint()
-
-
-def test_a_worker_and_training_itself_make_the_same_partial_generation(
-    store: Store, encoder: DualEncoder, tmp_path: Path, inline: type[Inline]
-):
-    live = LiveIndex(store, AsyncRefresh(every=4, lag=1, share=0.3))
-    live.search(live.generation.index.vectors(np.array([5])), 4)
-    moved(encoder)
-    live.refresh(3)
-    rows = load_file(tmp_path / "snapshots" / "000001" / "rows.safetensors")["rows"]
-    part = build.Part(live.generation, rows)
-    told: list[tuple[int, int]] = []
-    expected = build.generation(
-        *(encoder, store.chunks, Flat(device="cpu"), 4, 1, "h"),
-        progress=lambda done, total: told.append((done, total)),
-        part=part,
-    )
-    assert told[-1] == (len(rows), len(rows))
-    assert live.poll(4) and same(live.generation, expected)
-
-
-def test_a_part_of_a_corpus_that_takes_several_blocks_is_the_same_rows(
-    store: Store, encoder: DualEncoder, monkeypatch: pytest.MonkeyPatch
-):
-    old = store.build(0, 0)
-    moved(encoder)
-    rows = np.array([0, 4, 5, 17])  # some blocks of five have none of them
-    monkeypatch.setattr("rag2.reindex.build.WINDOW", 5)
-    told: list[tuple[int, int]] = []
-    made = build.generation(
-        *(encoder, store.chunks, Flat(device="cpu"), 4, 1, "h"),
-        progress=lambda done, total: told.append((done, total)),
-        part=build.Part(old, rows),
-    )
-    every = np.arange(len(old))
-    changed = (made.index.vectors(every) != old.index.vectors(every)).any(axis=1)
-    assert np.flatnonzero(changed).tolist() == rows.tolist()
-    assert [done for done, _ in told] == sorted(done for done, _ in told) and told[-1] == (4, 4)
-
-
-def test_finds_are_counted_on_in_a_run_that_goes_on(
-    store: Store, encoder: DualEncoder, inline: type[Inline]
-):
-    policy = SyncRefresh(every=6, share=0.3)
-
-    def go(live: LiveIndex, steps: range) -> None:
-        for step in steps:
-            live.search(live.generation.index.vectors(np.array([step, 2 * step])), 3)
-            live.refresh(step)
-            live.poll(step)
-
-    whole = LiveIndex(store, policy)
-    go(whole, range(10))
-    state = json.loads(json.dumps(whole.state()))
-    go(whole, range(10, 12))
-    again = LiveIndex(store, policy, state)
-    go(again, range(10, 12))
-    assert again.state() == whole.state() and same(again.generation, whole.generation)
 
 
 # --- whole runs -----------------------------------------------------------------------------------

@@ -80,9 +80,8 @@ def _renewed(
         block_WD = old.index.vectors(rows_W).copy()
         new = rows_M[(rows_M >= start) & (rows_M <= rows_W[-1])]
         texts = Passages(old.chunks.take(new))
-        before = done
 
-        def told(more: int, _: int, before: int = before) -> None:
+        def told(more: int, _: int, before: int = done) -> None:
             if progress is not None:
                 progress(before + more, len(rows_M))
 

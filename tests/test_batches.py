@@ -13,7 +13,7 @@ from rag2.retriever.encoder import DualEncoder, EncoderConfig
 from rag2.training import batches
 from rag2.training.candidates import NULL, Candidates, Proposals, rerank
 from rag2.training.objectives import Supervised, Unsupervised
-from rag2.training.sequences import blocks, collate, reading, said_twice, weigh
+from rag2.training.sequences import blocks, collate, reading, weigh
 from rag2.types import Chunk, Question
 from small_world import SHAPE, asked, roughen
 
@@ -195,17 +195,6 @@ def test_a_passage_that_the_budget_has_no_room_for_is_refused_not_left_out(token
     row = {"title": "Lasur", "text": "wax " * 30, "qa": [["Sells?", "wax"]]}
     with pytest.raises(UserError, match="prompt.budget=20: the passage 'Lasur' does not fit"):
         reading(row, Prompt(budget=20), tokenizer)
-
-
-def test_the_second_time_of_a_row_for_copying_counts_and_can_be_known(tokenizer, rng):
-    row = said_twice(tokenizer, 7, rng)
-    first_L, second_L = row.ids_L.reshape(2, 7)
-    assert first_L.tolist() == second_L.tolist()
-    assert not set(first_L.tolist()) & set(tokenizer.all_special_ids)
-    assert (
-        row.weights_L.tolist() == [0.0] * 8 + [1.0] * 6
-    )  # nothing foretells where it begins again
-    assert said_twice(tokenizer, 7, rng).ids_L.tolist() != row.ids_L.tolist()
 
 
 def test_blocks_are_the_corpus_in_one_line_with_marks_around_every_text(tokenizer):

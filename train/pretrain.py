@@ -4,8 +4,8 @@
 
 The corpus holds rows {"title", "text", "qa": [[question, answer], ...]}: a passage with questions
 on it (reading), questions alone (closed book) or plain text. Answers weigh 1 in the loss, the text
-around them `text_weight`, so that a small model spends its capacity on reading. Random tokens said
-twice are mixed in, since a name that was never seen before can only be answered by copying it.
+around them `text_weight`, so that a small model spends its capacity on reading. It is born with
+two heads that look back, for a name that was never seen before can only be answered by copying.
 """
 
 from collections.abc import Sequence
@@ -31,12 +31,9 @@ from rag2.training.sequences import (
     plain,
     read_rows,
     reading,
-    said_twice,
     thin,
     weigh,
 )
-
-COPIED = 40  # tokens of a row for copying, about as many as a sentence of reading has
 
 
 class Network(config.Config):
@@ -64,8 +61,6 @@ class PretrainConfig(pipeline.Inputs):
     """of a token that is no answer, where an answer's weighs 1"""
     text_share: float = Field(default=0.3, gt=0, le=1)
     """share of those tokens that a step's loss is taken on, drawn anew each time"""
-    copies: int = Field(default=3, ge=0)
-    """rows of random tokens said twice that each batch gets besides: practice in copying"""
     steps: int = Field(default=700, ge=0)
     batch_size: int = Field(default=24, ge=1)
     lr_hidden: float = Field(default=1e-2, gt=0)
@@ -115,7 +110,6 @@ def main(cfg: PretrainConfig) -> dict[str, float]:
             picked = batches.bucketed(lengths, cfg.batch_size, cfg.seed, step)
             rng = batches.generator(cfg.seed, step, 3)
             rows_B = [thin(data[row], cfg.text_share, rng) for row in picked]
-            rows_B += [said_twice(tokenizer, COPIED, rng) for _ in range(cfg.copies)]
             ids_BL, weights_BL = collate(rows_B)
             nll = sequence_nll(base.model, ids_BL, weights_BL)
             optimizer.zero_grad(set_to_none=True)

@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from rag2 import hub
+from rag2.generator.induction import looking_back
 from rag2.registry import UserError, nearest
 
 DTYPES = {
@@ -127,7 +128,7 @@ def build_llama(
     max_positions: int,
     tie: bool = True,
 ) -> Generator:
-    """A Llama with random weights from torch's global random state, in evaluation mode.
+    """A Llama with random weights from torch's global random state, two heads of it looking back.
 
     Raises UserError when `hidden` does not divide into `heads` of even size, as rotary needs.
     """
@@ -141,8 +142,11 @@ def build_llama(
         num_attention_heads=heads,
         max_position_embeddings=max_positions,
         tie_word_embeddings=tie,
+        attention_bias=True,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    return Generator(LlamaForCausalLM(config).eval(), tokenizer)
+    model = LlamaForCausalLM(config).eval()
+    looking_back(model)
+    return Generator(model, tokenizer)

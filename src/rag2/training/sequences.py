@@ -158,19 +158,6 @@ def thin(sequence: Weighted, share: float, rng: np.random.Generator) -> Weighted
     return Weighted(sequence.ids_L, (sequence.weights_L * kept_L * scale_L).astype(np.float32))
 
 
-def said_twice(tokenizer: Any, size: int, rng: np.random.Generator) -> Weighted:
-    """`size` random tokens and the same again; only the second time counts in the loss.
-
-    Nothing but looking back predicts them (after Olsson et al. 2022, "In-context Learning and
-    Induction Heads"). Rows of one `size` teach to copy from that distance: a small model learns it
-    in some hundred steps, and no other distance with it.
-    """
-    ordinary = np.setdiff1d(np.arange(len(tokenizer)), tokenizer.all_special_ids)
-    ids_L = np.tile(rng.choice(ordinary, size), 2)
-    # The first token of the second time could not be known: its place tells nothing.
-    return Weighted(ids_L, (np.arange(2 * size) > size).astype(np.float32))
-
-
 def collate(sequences: Sequence[Weighted]) -> tuple[Tensor, Tensor]:
     """Right-padded ids_BL and weights_BL; padding weighs nothing."""
     width = max(len(s.ids_L) for s in sequences)

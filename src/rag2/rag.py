@@ -23,14 +23,25 @@ Pair = tuple[list[int], list[int]]
 
 
 class Rag(nn.Module):
-    """p(y|x) = sum_k p(z_k|x) p(y|x,z_k) over retrieved chunks (Lewis et al. 2020, eq. 1)."""
+    """p(y|x) = sum_k p(z_k|x) p(y|x,z_k) over retrieved chunks (Lewis et al. 2020, eq. 1).
 
-    def __init__(self, retriever: DualEncoder, generator: Generator, prompt: Prompt) -> None:
+    In training the retriever scores questions without a share `question_dropout` of their words
+    (word dropout, Iyyer et al. 2015), so that no wording is learnt by heart.
+    """
+
+    def __init__(
+        self,
+        retriever: DualEncoder,
+        generator: Generator,
+        prompt: Prompt,
+        question_dropout: float = 0.0,
+    ) -> None:
         super().__init__()
         self.retriever = retriever
         self.generator = generator.model
         self.tokenizer = generator.tokenizer
         self.prompt = prompt
+        self.question_dropout = question_dropout
 
     def scores(
         self, questions: Sequence[str], chunks_BK: Sequence[Sequence[Chunk]]
@@ -47,6 +58,8 @@ class Rag(nn.Module):
         unique = {chunk.id: chunk for row in chunks_BK for chunk in row}
         place = {chunk_id: row for row, chunk_id in enumerate(unique)}
         rows_BK = torch.tensor([[place[chunk.id] for chunk in row] for row in chunks_BK])
+        if self.training and self.question_dropout:
+            questions = [_worn(question, self.question_dropout) for question in questions]
         queries_BD = self.retriever.encode_questions(list(questions))
         chunks_UD = self.retriever.encode_chunks([chunk.passage for chunk in unique.values()])
         cosines_BU = einsum(queries_BD, chunks_UD, "b d, u d -> b u")
@@ -103,3 +116,13 @@ class Rag(nn.Module):
         logp_BST = rearrange(logp_RT, "(b s) t -> b s t", **shape)
         mask_BST = rearrange(mask_RT, "(b s) t -> b s t", **shape)
         return scores_BK, crowding_B, logp_BST, mask_BST
+
+
+def _worn(text: str, share: float) -> str:
+    """The text without the words that torch's global random state draws, each with odds `share`.
+
+    A text of which nothing would be left stays whole.
+    """
+    words = text.split()
+    stays = (torch.rand(len(words)) >= share).tolist()
+    return " ".join(word for word, kept in zip(words, stays, strict=True) if kept) or text

@@ -5,7 +5,6 @@ import pytest
 import torch
 
 from rag2.generator import load
-from rag2.generator.induction import looking_back
 from rag2.generator.load import build_llama
 from rag2.generator.logprob import sequence_nll
 from rag2.training import optim
@@ -62,8 +61,14 @@ def test_copying_at_any_distance_is_learnt_in_some_steps_with_the_two_heads_and_
     assert with_the_heads > 0.5 > 2 * copied()
 
 
-def test_a_base_of_one_layer_is_built_as_it_is(tokenizer):
-    model = build_llama(tokenizer, 32, 1, 4, 48, 64).model
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    looking_back(model)
-    assert all(tensor.equal(before[name]) for name, tensor in model.state_dict().items())
+@pytest.mark.parametrize(("layers", "same"), [(1, True), (2, False)])
+def test_a_base_of_one_layer_stays_as_random_as_it_was(
+    tokenizer, monkeypatch: pytest.MonkeyPatch, seed: int, layers: int, same: bool
+):
+    def weights() -> dict[str, torch.Tensor]:
+        torch.manual_seed(seed)
+        return build_llama(tokenizer, 32, layers, 4, 48, 64).model.state_dict()
+
+    born = weights()
+    monkeypatch.setattr(load, "looking_back", lambda model: None)
+    assert all(tensor.equal(born[name]) for name, tensor in weights().items()) == same

@@ -31,7 +31,8 @@ def test_the_retriever_misses_words_of_a_question_while_it_trains_and_nothing_el
     monkeypatch.setattr(
         encoder, "encode_questions", lambda texts: heard.extend(texts) or encode(texts)
     )
-    for _ in range(10):
+    for step in range(10):
+        rag.draw = (0, step)
         rag.scores(questions, chunks_BK)
     words = [(text.split(), questions[i % 8].split()) for i, text in enumerate(heard)]
     for kept, whole in words:
@@ -40,6 +41,12 @@ def test_the_retriever_misses_words_of_a_question_while_it_trains_and_nothing_el
     share = sum(len(kept) for kept, _ in words) / sum(len(whole) for _, whole in words)
     assert 0.3 < share < 0.7 and len(set(heard)) > 40
     read = rag.pairs(questions, answers, chunks_BK)  # what the generator reads
+
+    heard.clear()
+    rag.draw = (0, 0)
+    for b in reversed(range(8)):  # parts of a batch, in any order, miss the same words
+        rag.scores(questions[b : b + 1], chunks_BK[b : b + 1])
+    assert heard[::-1] == [" ".join(kept) for kept, _ in words[:8]]
 
     heard.clear()
     rag.eval().scores(questions, chunks_BK)

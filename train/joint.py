@@ -146,6 +146,7 @@ def main(cfg: JointConfig) -> dict[str, float]:
             asked = [questions[row].question for row in rows_B]
             answers = [questions[row].gold for row in rows_B]
 
+            rag.draw = (cfg.seed, step)
             told = telemetry.before(step, index)
 
             # A stale index, words and chance propose; the loss scores with today's weights.

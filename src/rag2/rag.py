@@ -4,8 +4,10 @@ Letters: B questions, K chunks per question, S prompts per question (by default 
 R = B*S prompts of a batch, T answer tokens, D embedding, U distinct chunks of a batch.
 """
 
+import zlib
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from einops import einsum, rearrange
 from torch import Tensor, nn
@@ -42,6 +44,8 @@ class Rag(nn.Module):
         self.tokenizer = generator.tokenizer
         self.prompt = prompt
         self.question_dropout = question_dropout
+        self.draw: tuple[int, int] = (0, 0)
+        """seed and step: with a question's own text they decide which of its words are missing"""
 
     def scores(
         self, questions: Sequence[str], chunks_BK: Sequence[Sequence[Chunk]]
@@ -59,7 +63,8 @@ class Rag(nn.Module):
         place = {chunk_id: row for row, chunk_id in enumerate(unique)}
         rows_BK = torch.tensor([[place[chunk.id] for chunk in row] for row in chunks_BK])
         if self.training and self.question_dropout:
-            questions = [_worn(question, self.question_dropout) for question in questions]
+            share = self.question_dropout
+            questions = [_worn(question, share, self.draw) for question in questions]
         queries_BD = self.retriever.encode_questions(list(questions))
         chunks_UD = self.retriever.encode_chunks([chunk.passage for chunk in unique.values()])
         cosines_BU = einsum(queries_BD, chunks_UD, "b d, u d -> b u")
@@ -118,11 +123,13 @@ class Rag(nn.Module):
         return scores_BK, crowding_B, logp_BST, mask_BST
 
 
-def _worn(text: str, share: float) -> str:
-    """The text without the words that torch's global random state draws, each with odds `share`.
+def _worn(text: str, share: float, draw: tuple[int, int]) -> str:
+    """The text without some of its words, each missing with odds `share`, but never all.
 
-    A text of which nothing would be left stays whole.
+    What is missing depends on the arguments alone, so that neither parts of a batch, nor the number
+    of processes, nor a run that goes on change it.
     """
     words = text.split()
-    stays = (torch.rand(len(words)) >= share).tolist()
+    rng = np.random.default_rng([*draw, zlib.crc32(text.encode())])
+    stays = (rng.random(len(words)) >= share).tolist()
     return " ".join(word for word, kept in zip(words, stays, strict=True) if kept) or text

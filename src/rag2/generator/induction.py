@@ -21,9 +21,11 @@ SAID = 0.3  # what the second head adds
 
 @torch.no_grad()
 def looking_back(model: Any) -> None:
-    """Set the first heads of the first two layers of a Llama with attention biases, in place.
+    """Set the first heads of the first two layers of a Llama, in place.
 
-    A model with one layer, which cannot hold the circuit, is left as it is.
+    It must have attention biases and as many key heads as query heads. The smaller a head, the
+    blunter the circuit: below 8 dimensions there is none to speak of. A model with one layer, which
+    cannot hold it, is left as it is.
     """
     layers = model.model.layers
     if len(layers) < 2:

@@ -34,7 +34,7 @@ def test_a_base_is_born_with_a_head_on_the_token_before_and_one_on_what_followed
     assert others < 2 / size  # the other heads are as random as ever
 
 
-def test_copying_at_any_distance_is_learnt_in_some_steps_with_the_two_heads_and_not_without(
+def test_copying_from_many_distances_is_learnt_in_some_steps_with_the_two_heads_and_not_without(
     tokenizer, monkeypatch: pytest.MonkeyPatch, rng
 ):
     def row(size: int) -> Weighted:

@@ -4,8 +4,8 @@
 
 The corpus holds rows {"title", "text", "qa": [[question, answer], ...]}: a passage with questions
 on it (reading), questions alone (closed book) or plain text. Answers weigh 1 in the loss, the text
-around them `text_weight`, so that a small model spends its capacity on reading. It is born with
-two heads that look back, for a name that was never seen before can only be answered by copying.
+around them `text_weight`, so that a small model spends its capacity on reading. The model is born
+with two heads that look back, for a name never seen before can only be answered by copying it.
 """
 
 from collections.abc import Sequence
@@ -66,7 +66,7 @@ class PretrainConfig(pipeline.Inputs):
     lr_hidden: float = Field(default=1e-2, gt=0)
     """of Muon, for the hidden matrices"""
     lr: float = Field(default=1e-2, gt=0)
-    """of AdamW, for embeddings and vectors; low rates learn to copy names late or never"""
+    """of AdamW, for embeddings and vectors"""
     betas: optim.Betas = (0.9, 0.98)
     weight_decay: float = Field(default=0.01, ge=0)
     max_norm: float = Field(default=1.0, gt=0)

@@ -128,9 +128,10 @@ def build_llama(
     max_positions: int,
     tie: bool = True,
 ) -> Generator:
-    """A Llama with random weights from torch's global random state, two heads of it looking back.
+    """A Llama with weights from torch's global random state and two heads that look back.
 
-    Raises UserError when `hidden` does not divide into `heads` of even size, as rotary needs.
+    It is in evaluation mode. Raises UserError when `hidden` does not divide into `heads` of even
+    size, as rotary needs.
     """
     if hidden % (2 * heads):
         raise UserError(f"hidden={hidden} does not divide into {heads} heads of even size")
@@ -142,7 +143,7 @@ def build_llama(
         num_attention_heads=heads,
         max_position_embeddings=max_positions,
         tie_word_embeddings=tie,
-        attention_bias=True,
+        attention_bias=True,  # for the head that looks at the token before, whatever it is
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,

@@ -27,7 +27,7 @@ from rag2.evaluation.select import KS
 from rag2.evaluation.shots import Shots
 from rag2.generator.load import Generator
 from rag2.generator.prompt import Prompt
-from rag2.index.flat import Flat
+from rag2.index.exact import TorchExact
 from rag2.index.generation import Generation
 from rag2.kb.lexical import BM25
 from rag2.kb.store import KnowledgeBase
@@ -121,7 +121,7 @@ def corpus(cfg: OpenConfig, asked: Sequence[Question]) -> tuple[list[Chunk], Ret
         return chunks, Gold(gold_chunks(asked, chunks))
     encoder = DualEncoder.load(cfg.retriever).to(distributed.device(cfg.device))
     embeddings_ND = embed_corpus(encoder, [chunk.passage for chunk in chunks])
-    index = Flat().build(embeddings_ND, np.array([chunk.id for chunk in chunks]))
+    index = TorchExact().build(embeddings_ND, np.array([chunk.id for chunk in chunks]))
     return chunks, Dense(
         encoder, Generation.of(index, chunks, encoder_fingerprint=encoder.fingerprint())
     )

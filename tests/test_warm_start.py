@@ -1,6 +1,7 @@
 """The supervised warm start: what a question is told apart from, and that it learns to."""
 
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -8,9 +9,11 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from rag2.evaluation.questions import load_questions
+from rag2.index.flat import Flat
 from rag2.kb.lexical import BM25
 from rag2.registry import UserError
 from rag2.retrieval import gold_chunks
+from rag2.retriever.embed import embed_corpus
 from rag2.retriever.encoder import DualEncoder, EncoderConfig
 from rag2.training import batches, checkpoint
 from rag2.training.pairs import Questions
@@ -136,6 +139,22 @@ def test_a_short_supervised_warm_start_finds_more_than_the_untrained_encoder(
     assert trained["recall_at_5"] > before + 0.1
     best = DualEncoder.load(tmp_path / "out" / "final" / "retriever")
     assert recall_at_5(best, chunks, watch) == trained["recall_at_5"]
+
+
+def test_validation_counts_the_same_where_faiss_is_not_installed(
+    recipe: Load,
+    home: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    chunks: list[Chunk],
+    tokenizer: PreTrainedTokenizerBase,
+):
+    watch = Watch(load_questions(home / "data" / "questions.jsonl"), chunks)
+    encoder = untrained(3, tokenizer)
+    embeddings_ND = embed_corpus(encoder, [chunk.passage for chunk in chunks])
+    index = Flat().build(embeddings_ND, np.array([chunk.id for chunk in chunks]))
+    counted = watch.recall_at_5(encoder, lambda queries_BD, k: index.search(queries_BD, k)[1])
+    monkeypatch.setitem(sys.modules, "faiss", None)  # importing it fails
+    assert recipe("train/retriever.py").recall_at_5(encoder, chunks, watch) == counted > 0
 
 
 def test_questions_without_evidence_are_left_out_and_counted(caplog: pytest.LogCaptureFixture):

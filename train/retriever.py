@@ -20,7 +20,7 @@ from pydantic import Field
 
 from rag2 import config, pipeline
 from rag2.evaluation.questions import load_questions, split
-from rag2.index.flat import Flat
+from rag2.index.exact import TorchExact
 from rag2.kb.store import KnowledgeBase
 from rag2.losses.contrastive import info_nce
 from rag2.modes import Precision, matmul
@@ -74,7 +74,7 @@ class RetrieverConfig(pipeline.Inputs):
 def recall_at_5(encoder: DualEncoder, chunks: Sequence[Chunk], watch: Watch) -> float:
     """That of the validation questions, over the corpus as the encoder sees it now."""
     ids = np.array([chunk.id for chunk in chunks])
-    index = Flat().build(embed_corpus(encoder, [chunk.passage for chunk in chunks]), ids)
+    index = TorchExact().build(embed_corpus(encoder, [chunk.passage for chunk in chunks]), ids)
     return watch.recall_at_5(encoder, lambda queries_BD, k: index.search(queries_BD, k)[1])
 
 

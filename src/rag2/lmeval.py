@@ -30,7 +30,7 @@ from rag2.generator.choices import encode_choices
 from rag2.generator.load import Generator
 from rag2.generator.logprob import Answer, choice_answers, pair_logprobs
 from rag2.generator.prompt import GAP
-from rag2.index.flat import Flat
+from rag2.index.exact import TorchExact
 from rag2.index.generation import Generation
 from rag2.kb.lexical import BM25
 from rag2.kb.store import KnowledgeBase
@@ -223,7 +223,7 @@ class Rag(LM):
             return Lexical(BM25(chunks))
         encoder = DualEncoder.load(cfg.retriever).to(cfg.device)
         embeddings_ND = embed_corpus(encoder, [chunk.passage for chunk in chunks])
-        index = Flat().build(embeddings_ND, np.array([chunk.id for chunk in chunks]))
+        index = TorchExact().build(embeddings_ND, np.array([chunk.id for chunk in chunks]))
         fingerprint = encoder.fingerprint()
         return Dense(encoder, Generation.of(index, chunks, encoder_fingerprint=fingerprint))
 

@@ -16,7 +16,7 @@ from rag2 import artifact
 from rag2.evaluation.arms import GENERATORS, Arm, Reader
 from rag2.generator.load import Generator
 from rag2.generator.prompt import Prompt
-from rag2.index.flat import Flat
+from rag2.index.exact import TorchExact
 from rag2.index.generation import Generation
 from rag2.kb.lexical import BM25
 from rag2.kb.store import KnowledgeBase
@@ -145,7 +145,7 @@ class Systems:
             encoder = DualEncoder.load(_verified(self.parts.retrievers[name]))
         encoder = encoder.to(self.device).eval()
         embeddings_ND = embed_corpus(encoder, [chunk.passage for chunk in self.chunks])
-        index = Flat().build(embeddings_ND, np.array([chunk.id for chunk in self.chunks]))
+        index = TorchExact().build(embeddings_ND, np.array([chunk.id for chunk in self.chunks]))
         fingerprint = encoder.fingerprint()
         return Dense(encoder, Generation.of(index, self.chunks, encoder_fingerprint=fingerprint))
 

@@ -44,7 +44,10 @@ class RecallConfig(pipeline.Inputs):
 
 
 def main(cfg: RecallConfig) -> dict:
-    """Measure both retrievers; returns {retriever: {recall@k, mrr}} and writes recall.json."""
+    """Measure both retrievers; returns {retriever: {recall@k, mrr}} and writes recall.json.
+
+    Questions whose evidence the corpus does not hold are left out and counted.
+    """
     cfg = pipeline.resolve(cfg)
     assert cfg.kb and cfg.questions
     place.check(cfg)
@@ -55,7 +58,7 @@ def main(cfg: RecallConfig) -> dict:
         raise UserError(f"ks={cfg.ks}: each k must be between 1 and the {len(chunks)} chunks")
     questions = split(load_questions(cfg.questions), cfg.split)
     gold = gold_chunks(questions, chunks)
-    questions = [question for question in questions if gold[question.id]]
+    asked_of, questions = len(questions), [q for q in questions if gold[q.id]]
     if not questions:
         raise UserError(f"{cfg.questions}: no {cfg.split} question names evidence in {cfg.kb}")
     asked, wanted = [q.question for q in questions], [gold[q.id] for q in questions]
@@ -72,6 +75,7 @@ def main(cfg: RecallConfig) -> dict:
     _, bm25_QK = BM25(chunks).search(asked, depth)
     results = {
         "n": len(questions),
+        "without_evidence": asked_of - len(questions),
         "dense": figures(dense_QK, wanted, cfg.ks),
         "bm25": figures(bm25_QK, wanted, cfg.ks),
     }

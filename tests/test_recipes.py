@@ -145,6 +145,21 @@ def test_a_frozen_half_stays_as_it_is_while_the_other_learns(
     assert prints[half](final / half) != prints[half](home / half)
 
 
+def test_recall_counts_the_questions_that_it_leaves_out(recipe: Load, home: Path, tmp_path: Path):
+    data = home / "data"
+    rows = [json.loads(line) for line in (data / "questions.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if row["split"] == "test"][:6]
+    for row in rows[:2]:
+        row["evidence"] = []
+    measure = recipe("eval/recall.py")
+    parts = {"kb": str(data / "kb.sqlite"), "retriever": str(home / "retriever")}
+    questions = str(write_jsonl(tmp_path / "q.jsonl", rows))
+    cfg = measure.RecallConfig(**parts, questions=questions, out=str(tmp_path / "out"))
+    found = measure.main(cfg)
+    assert (found["n"], found["without_evidence"]) == (4, 2)
+    assert json.loads((tmp_path / "out" / "recall.json").read_text()) == found
+
+
 # --- scores ---------------------------------------------------------------------------------------
 
 

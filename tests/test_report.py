@@ -119,6 +119,9 @@ def test_without_a_joint_arm_the_verdict_names_the_best():
     results = report.summarize("mmlu", arms, seed=1, environment={})
     assert report.verdict(results).startswith("ft scores highest with 62.5 % of 40 questions")
     assert "Choice of K" not in report.markdown(results) and "grid_2x2" not in results
+    arms.append(make_arm("sft", exactly(25, 40)))
+    tied = report.verdict(report.summarize("mmlu", arms, seed=1, environment={}))
+    assert tied.startswith("ft and sft score highest with 62.5 % of 40 questions")
 
 
 def test_the_report_shows_every_arm_and_labels_the_oracle():

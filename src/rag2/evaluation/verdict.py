@@ -23,12 +23,13 @@ def verdict(results: Results) -> str:
     }
     if subject not in arms or not rivals:
         real = {name: arm for name, arm in arms.items() if name not in CONTROLS} or arms
-        best = max(real, key=lambda name: real[name]["accuracy"])
+        top = max(arm["accuracy"] for arm in real.values())
+        best = [name for name, arm in real.items() if arm["accuracy"] == top]
         if len(real) == 1:
-            return f"{best} answers {percent(real[best]['accuracy'])} of {results['n']} questions."
+            return f"{best[0]} answers {percent(top)} of {results['n']} questions."
         return (
-            f"{best} scores highest with {percent(real[best]['accuracy'])} of {results['n']} "
-            f"questions; {subject} was not run beside another arm."
+            f"{' and '.join(best)} {'score' if len(best) > 1 else 'scores'} highest with "
+            f"{percent(top)} of {results['n']} questions; {subject} was not run beside another arm."
         )
     rival = max(rivals, key=lambda name: rivals[name]["accuracy"])
     test = next(row for row in results["paired"] if (row["a"], row["b"]) == (subject, rival))

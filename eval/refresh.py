@@ -22,7 +22,7 @@ from pydantic import Field, PositiveInt
 from rich.console import Console
 from rich.table import Table
 
-from rag2 import config, pipeline
+from rag2 import config, pipeline, plan
 from rag2.evaluation import place
 from rag2.evaluation.environment import environment
 from rag2.kb.build import build
@@ -147,7 +147,7 @@ def _train(cfg: RefreshConfig, kb: Path, out: Path, way: str) -> dict[str, Any]:
 
 def _corpus(cfg: RefreshConfig, world: Almanac, path: Path) -> None:
     """A knowledge base of `chunks` documents, one chunk each: the world's, then other worlds'."""
-    data = pipeline.PATHS["kb"][0]
+    data = plan.PATHS["kb"][0]
     rows = path.with_suffix(".jsonl")
     with rows.open("w", encoding="utf-8") as file:
         for row in islice(_documents(world), cfg.chunks):

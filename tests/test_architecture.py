@@ -28,6 +28,7 @@ LAYERS = [
     {"cli"},
     {"sweep"},
     {"pipeline", "systems", "lmeval"},
+    {"plan"},
     {"stages"},
     {"training", "evaluation"},
     {"rag"},

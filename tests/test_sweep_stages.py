@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from rag2 import config, pipeline, stages
+from rag2 import config, pipeline, plan, stages
 from rag2.registry import UserError
 from rag2.sweep.run import Sweep
 from rag2.worlds.almanac import Almanac
@@ -57,7 +57,7 @@ def inputs(world: dict[str, Any], *words: str) -> pipeline.Inputs:
 
 
 def keys(world: dict[str, Any], *words: str) -> dict[str, str]:
-    return pipeline.keys(inputs(world, *words), ["data", *pipeline.STAGES])
+    return pipeline.keys(inputs(world, *words), ["data", *plan.STAGES])
 
 
 def test_cells_share_every_stage_that_their_settings_leave_alone(world, ran):
@@ -111,9 +111,9 @@ def test_the_key_of_a_stage_counts_what_decides_it_and_nothing_else(world):
         "stage.joint.refresh.every=3": {"joint"},
         "stage.ft_paraphrase.paraphrases_per_document=1": {"ft_paraphrase"},
         "stage.retriever.steps=3": {"retriever", "sft", "joint"},
-        "stage.base.steps=3": {*pipeline.STAGES} - {"retriever"},
-        "vocabulary=401": {"data", *pipeline.STAGES},
-        "world.seed=1": {"data", *pipeline.STAGES},
+        "stage.base.steps=3": {*plan.STAGES} - {"retriever"},
+        "vocabulary=401": {"data", *plan.STAGES},
+        "world.seed=1": {"data", *plan.STAGES},
         "stage.joint.steps=2": set(),  # what its YAML says
         "stage.joint.refresh={every: 2}": set(),
         "jobs=1": set(),

@@ -17,7 +17,8 @@ from typing import get_args
 
 import pytest
 
-from rag2 import cli, config
+from rag2 import config
+from rag2.cli import recipes
 from rag2.registry import TABLES, lookup
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -183,7 +184,8 @@ def config_class(recipe: Path) -> type[config.Config]:
 
 
 def test_the_command_line_offers_exactly_the_recipes_there_are():
-    offered = {f"{group}/{name}.py" for group in cli.RECIPES for name in cli.RECIPES[group]}
+    commands = recipes.RECIPES
+    offered = {f"{group}/{name}.py" for group in commands for name in commands[group]}
     assert offered == {path.relative_to(ROOT).as_posix() for path in RECIPES}
     for path in RECIPES:
         tree = ast.parse(path.read_text(encoding="utf-8"))

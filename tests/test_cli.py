@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 
 from rag2 import __version__, cli, config
+from rag2.cli.recipes import RECIPES
 from rag2.registry import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
-RECIPES = [(group, name) for group in cli.RECIPES for name in cli.RECIPES[group]]
+COMMANDS = [(group, name) for group in RECIPES for name in RECIPES[group]]
 
 
 def rag2(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:
@@ -115,7 +116,7 @@ if __name__ == "__main__":
 @pytest.fixture
 def shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A tree with fake recipes in place of the shipped one; the current directory is elsewhere."""
-    for group, name in RECIPES:
+    for group, name in COMMANDS:
         (tmp_path / "tree" / group).mkdir(parents=True, exist_ok=True)
         (tmp_path / "tree" / group / f"{name}.py").write_text(FAKE)
     (tmp_path / "tree/configs/demo").mkdir(parents=True)
@@ -126,7 +127,7 @@ def shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "tree"
 
 
-@pytest.mark.parametrize(("group", "name"), RECIPES)
+@pytest.mark.parametrize(("group", "name"), COMMANDS)
 def test_a_recipe_gets_its_words_as_they_were_typed(
     shipped: Path, capsys: pytest.CaptureFixture[str], group: str, name: str
 ):
@@ -277,7 +278,7 @@ def test_main_ends_in_one_line(
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(cli, "_run_recipe", fail)
+    monkeypatch.setattr(cli, "run_recipe", fail)
     ended, _, err = rag2(capsys, "demo")
     assert ended == status and err.startswith(line) and err.count("\n") == 1
 
@@ -286,6 +287,6 @@ def test_main_does_not_hide_faults_of_the_program(monkeypatch: pytest.MonkeyPatc
     def fail(*_: object) -> None:
         raise ValueError("bug")
 
-    monkeypatch.setattr(cli, "_run_recipe", fail)
+    monkeypatch.setattr(cli, "run_recipe", fail)
     with pytest.raises(ValueError, match="bug"):
         cli.main(["demo"])

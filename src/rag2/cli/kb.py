@@ -1,0 +1,135 @@
+"""`rag2 kb ...`: documents -> a knowledge base, and what is in it."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from rag2.cli.terminal import SETTINGS, status
+from rag2.registry import UserError, nearest
+
+if TYPE_CHECKING:
+    from rag2.kb.build import Summary
+
+commands = typer.Typer(help="Build and read a knowledge base.", **SETTINGS)
+KB = Annotated[Path, typer.Argument(metavar="KB", help="The knowledge base, an SQLite file.")]
+
+
+@commands.command("build")
+def kb_build(
+    path: KB,
+    sources: Annotated[list[Path], typer.Argument(metavar="SOURCE...", help="Files or folders.")],
+    tokenizer: Annotated[
+        str,
+        typer.Option(
+            help="What counts tokens: words (nothing to download), or a model's tokenizer:"
+            " its folder, its tokenizer.json or its name on the hub."
+        ),
+    ] = "words",
+    tokens: Annotated[int, typer.Option(min=1, help="Longest chunk, in tokens.")] = 128,
+    overlap: Annotated[int, typer.Option(min=0, help="Shared by neighbours, in tokens.")] = 16,
+    strict: Annotated[bool, typer.Option(help="Exit with 2 if any document is rejected.")] = False,
+) -> None:
+    """Read documents, cut them into chunks and write a new knowledge base.
+
+    Good documents are kept and bad ones are listed with the reason; if none is good, nothing is
+    written and the exit status is 2.
+
+    \b
+    Examples:
+      rag2 kb build docs.sqlite handbook.md notes/ faq.jsonl
+      rag2 kb build docs.sqlite faq.jsonl --tokens 64 --overlap 8 --strict
+      rag2 kb build docs.sqlite docs/ --tokenizer BAAI/bge-small-en-v1.5
+    """
+    from rag2.config import load
+    from rag2.kb.build import build
+    from rag2.kb.chunk import TokenChunker
+
+    settings = [
+        f"tokens={tokens}",
+        f"overlap={overlap}",
+        f"tokenizer={json.dumps(tokenizer, ensure_ascii=False)}",
+    ]
+    chunker = load(TokenChunker, None, settings)
+    with status(f"building {path}"):
+        summary = build(path, sources, chunker)
+    _report(summary)
+    if not summary.accepted:
+        raise UserError(f"no document was accepted; {path} was not written")
+    if strict and summary.rejected:
+        raise UserError(f"{len(summary.rejected)} documents were rejected (--strict)")
+
+
+@commands.command("list")
+def kb_list(path: KB) -> None:
+    """List the documents: id, number of chunks, title.
+
+    \b
+    Example:
+      rag2 kb list docs.sqlite
+    """
+    from collections import Counter
+
+    from rag2.kb.store import KnowledgeBase
+
+    with KnowledgeBase(path) as base:
+        chunks = Counter(chunk.document for chunk in base.chunks())
+        for document in base.documents():
+            typer.echo(f"{document.id}\t{chunks[document.id]}\t{document.title}")
+
+
+@commands.command("show")
+def kb_show(
+    path: KB, id: Annotated[str, typer.Argument(metavar="ID", help="Id of a document.")]
+) -> None:
+    """Show one document: its title, its metadata and its text, chunk by chunk.
+
+    \b
+    Example:
+      rag2 kb show docs.sqlite handbook.md
+    """
+    from rag2.kb.store import KnowledgeBase
+
+    with KnowledgeBase(path) as base:
+        found = {document.id: document for document in base.documents()}
+        if id not in found:
+            raise UserError(f"{path} has no document {id!r}.{nearest(id, found)}")
+        document = found[id]
+        typer.echo(f"{document.id}\t{document.title}")
+        if document.metadata:
+            typer.echo(json.dumps(document.metadata, ensure_ascii=False))
+        for chunk in base.chunks():
+            if chunk.document == id:
+                typer.echo(f"\n[{chunk.id}] characters {chunk.start} to {chunk.end}\n{chunk.text}")
+
+
+@commands.command("search")
+def kb_search(
+    path: KB,
+    query: Annotated[str, typer.Argument(help="Words to look for.")],
+    k: Annotated[int, typer.Option("-k", min=1, help="Number of chunks.")] = 5,
+) -> None:
+    """Find chunks by their words (BM25), best first: score, chunk id, document, text.
+
+    \b
+    Examples:
+      rag2 kb search docs.sqlite "how long is the warranty"
+      rag2 kb search docs.sqlite "warranty" -k 20
+    """
+    from rag2.kb.store import KnowledgeBase
+
+    with KnowledgeBase(path) as base:
+        for number, score in base.search_text(query, k):
+            chunk = base.chunk(number)
+            text = " ".join(chunk.text.split())
+            typer.echo(f"{score:.2f}\t{chunk.id}\t{chunk.document}\t{text[:100]}")
+
+
+def _report(summary: "Summary") -> None:
+    """What became of every document."""
+    for reject in summary.rejected:
+        typer.echo(f"rejected {reject.place}: {reject.reason}", err=True)
+    accepted, rejected = summary.accepted, len(summary.rejected)
+    typer.echo(f"{accepted} accepted + {rejected} rejected = {accepted + rejected} documents")
+    typer.echo(f"{summary.chunks} chunks")

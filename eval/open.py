@@ -11,7 +11,6 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 from pydantic import Field, PositiveInt
 from rich.console import Console
 
@@ -27,13 +26,10 @@ from rag2.evaluation.select import KS
 from rag2.evaluation.shots import Shots
 from rag2.generator.load import Generator
 from rag2.generator.prompt import Prompt
-from rag2.index.exact import TorchExact
-from rag2.index.generation import Generation
 from rag2.kb.lexical import BM25
 from rag2.kb.store import KnowledgeBase
 from rag2.registry import UserError
 from rag2.retrieval import Dense, Gold, Lexical, Retriever, gold_chunks
-from rag2.retriever.embed import embed_corpus
 from rag2.retriever.encoder import DualEncoder
 from rag2.training import distributed
 from rag2.training.log import Advance, progress
@@ -120,11 +116,7 @@ def corpus(cfg: OpenConfig, asked: Sequence[Question]) -> tuple[list[Chunk], Ret
     if cfg.retriever == "gold":
         return chunks, Gold(gold_chunks(asked, chunks))
     encoder = DualEncoder.load(cfg.retriever).to(distributed.device(cfg.device))
-    embeddings_ND = embed_corpus(encoder, [chunk.passage for chunk in chunks])
-    index = TorchExact().build(embeddings_ND, np.array([chunk.id for chunk in chunks]))
-    return chunks, Dense(
-        encoder, Generation.of(index, chunks, encoder_fingerprint=encoder.fingerprint())
-    )
+    return chunks, Dense.over(encoder, chunks)
 
 
 def closed_book(writer: Writer, test: Sequence[Question], advance: Advance) -> OpenResult:

@@ -14,7 +14,7 @@ from rich.console import Console
 from rag2 import config, pipeline
 from rag2.evaluation import place
 from rag2.evaluation.questions import load_questions, split
-from rag2.index.flat import Flat
+from rag2.index.exact import TorchExact
 from rag2.kb.lexical import BM25
 from rag2.kb.store import KnowledgeBase
 from rag2.registry import UserError
@@ -40,7 +40,7 @@ class RecallConfig(pipeline.Inputs):
     """cpu, cuda or cuda:N"""
     split: str = "test"
     ks: list[int] = Field(default=[1, 5, 10], min_length=1)
-    index: Index = Flat()
+    index: Index = TorchExact()
 
 
 def main(cfg: RecallConfig) -> dict:
@@ -56,9 +56,9 @@ def main(cfg: RecallConfig) -> dict:
     depth = max(cfg.ks)
     if not 1 <= min(cfg.ks) <= depth <= len(chunks):
         raise UserError(f"ks={cfg.ks}: each k must be between 1 and the {len(chunks)} chunks")
-    questions = split(load_questions(cfg.questions), cfg.split)
-    gold = gold_chunks(questions, chunks)
-    asked_of, questions = len(questions), [q for q in questions if gold[q.id]]
+    chosen = split(load_questions(cfg.questions), cfg.split)
+    gold = gold_chunks(chosen, chunks)
+    questions = [question for question in chosen if gold[question.id]]
     if not questions:
         raise UserError(f"{cfg.questions}: no {cfg.split} question names evidence in {cfg.kb}")
     asked, wanted = [q.question for q in questions], [gold[q.id] for q in questions]
@@ -75,7 +75,7 @@ def main(cfg: RecallConfig) -> dict:
     _, bm25_QK = BM25(chunks).search(asked, depth)
     results = {
         "n": len(questions),
-        "without_evidence": asked_of - len(questions),
+        "without_evidence": len(chosen) - len(questions),
         "dense": figures(dense_QK, wanted, cfg.ks),
         "bm25": figures(bm25_QK, wanted, cfg.ks),
     }

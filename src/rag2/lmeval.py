@@ -30,13 +30,10 @@ from rag2.generator.choices import encode_choices
 from rag2.generator.load import Generator
 from rag2.generator.logprob import Answer, choice_answers, pair_logprobs
 from rag2.generator.prompt import GAP
-from rag2.index.exact import TorchExact
-from rag2.index.generation import Generation
 from rag2.kb.lexical import BM25
 from rag2.kb.store import KnowledgeBase
 from rag2.registry import UserError, nearest
 from rag2.retrieval import Dense, Lexical, Retriever
-from rag2.retriever.embed import embed_corpus
 from rag2.retriever.encoder import DualEncoder
 from rag2.types import Chunk, Question
 
@@ -221,11 +218,7 @@ class Rag(LM):
         self.chunks = {chunk.id: chunk for chunk in chunks}
         if cfg.retriever == "bm25":
             return Lexical(BM25(chunks))
-        encoder = DualEncoder.load(cfg.retriever).to(cfg.device)
-        embeddings_ND = embed_corpus(encoder, [chunk.passage for chunk in chunks])
-        index = TorchExact().build(embeddings_ND, np.array([chunk.id for chunk in chunks]))
-        fingerprint = encoder.fingerprint()
-        return Dense(encoder, Generation.of(index, chunks, encoder_fingerprint=fingerprint))
+        return Dense.over(DualEncoder.load(cfg.retriever).to(cfg.device), chunks)
 
     def _query(self, request: Any) -> str:
         name, doc = self.cfg.query, request.doc

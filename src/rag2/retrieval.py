@@ -2,10 +2,11 @@
 
 import re
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, Self
 
 import numpy as np
 
+from rag2.index.exact import TorchExact
 from rag2.index.generation import Generation
 from rag2.kb.lexical import BM25
 from rag2.registry import UserError
@@ -27,6 +28,14 @@ class Dense:
 
     def __init__(self, encoder: DualEncoder, generation: Generation) -> None:
         self.encoder, self.generation = encoder, generation
+
+    @classmethod
+    def over(cls, encoder: DualEncoder, chunks: Sequence[Chunk]) -> Self:
+        """Exact search in memory over the chunks, ordered by id, as the encoder sees them now."""
+        embeddings_ND = embed_corpus(encoder, [chunk.passage for chunk in chunks])
+        index = TorchExact().build(embeddings_ND, np.array([chunk.id for chunk in chunks]))
+        fingerprint = encoder.fingerprint()
+        return cls(encoder, Generation.of(index, chunks, encoder_fingerprint=fingerprint))
 
     def search(self, questions: Sequence[Question], k: int) -> tuple[np.ndarray, np.ndarray]:
         """As Retriever.search."""

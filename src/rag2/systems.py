@@ -9,20 +9,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from rag2 import artifact
 from rag2.evaluation.arms import GENERATORS, Arm, Reader
 from rag2.generator.load import Generator
 from rag2.generator.prompt import Prompt
-from rag2.index.exact import TorchExact
-from rag2.index.generation import Generation
 from rag2.kb.lexical import BM25
 from rag2.kb.store import KnowledgeBase
 from rag2.registry import UserError
 from rag2.retrieval import Dense, Gold, Lexical, Random, Retriever, gold_chunks
-from rag2.retriever.embed import embed_corpus
 from rag2.retriever.encoder import DualEncoder, EncoderConfig
 from rag2.training.log import train_memory, train_seconds
 from rag2.types import Question
@@ -143,11 +139,7 @@ class Systems:
             encoder = DualEncoder.build(self.parts.encoder)
         else:
             encoder = DualEncoder.load(_verified(self.parts.retrievers[name]))
-        encoder = encoder.to(self.device).eval()
-        embeddings_ND = embed_corpus(encoder, [chunk.passage for chunk in self.chunks])
-        index = TorchExact().build(embeddings_ND, np.array([chunk.id for chunk in self.chunks]))
-        fingerprint = encoder.fingerprint()
-        return Dense(encoder, Generation.of(index, self.chunks, encoder_fingerprint=fingerprint))
+        return Dense.over(encoder.to(self.device).eval(), self.chunks)
 
 
 def run_of(path: str) -> Path | None:

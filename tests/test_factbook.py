@@ -139,10 +139,14 @@ def test_held_out_countries_are_asked_only_for_facts_that_changed(
     assert len(set.union(*entities.values())) == 12
 
 
-def test_held_out_wordings_appear_in_test_questions_only(world: Path) -> None:
+@pytest.mark.parametrize("held_out", ["drawn", "last"])
+def test_held_out_wordings_appear_in_test_questions_only(
+    folder: Path, tmp_path: Path, seed: int, held_out: Any
+) -> None:
+    world = written(folder, tmp_path, seed=seed, held_out=held_out)
     unseen = {
         wording.replace("{country}", name)
-        for field in fields()
+        for field in Factbook(path="", seed=seed, held_out=held_out).fields
         for wording in field.unseen
         for name in NAMES
     }
@@ -154,6 +158,19 @@ def test_held_out_wordings_appear_in_test_questions_only(world: Path) -> None:
         seen_in_test += row["split"] == "test" and not held_out
     assert seen_in_test
     assert not unseen & {q for row in rows(world, "pretrain") for q, _ in row["qa"]}
+
+
+def test_which_wording_is_held_out_is_drawn_by_field_and_seed(seed: int) -> None:
+    last = fields()
+    drawn = Factbook(path="", seed=seed).fields
+    assert drawn == Factbook(path="", seed=seed).fields != Factbook(path="", seed=seed + 1).fields
+    assert Factbook(path="", seed=seed, held_out="last").fields == last
+    places = Counter()
+    for field, whole in zip(drawn, last, strict=True):
+        ask = whole.seen + whole.unseen
+        assert sorted(field.seen + field.unseen) == sorted(ask)
+        places[ask.index(field.unseen[0])] += 1
+    assert sorted(places) == [0, 1, 2, 3]
 
 
 def test_the_base_reads_the_older_edition_and_practises_on_training_countries(

@@ -24,7 +24,6 @@ EXACT: dict[str, Any] = {
     "lr_generator": 1e-2,
     "schedule": {"warmup": 2, "decay": "constant"},
     "checkpoint_every": 2,
-    "question_dropout": 0.3,
 }
 # Small micro-batches, few of which are felt: the processes do not need equally many.
 UNEVEN: dict[str, Any] = {"step": {"name": "two_pass", "skip_below": 0.2, "micro_batch": 2}}

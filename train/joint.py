@@ -72,8 +72,6 @@ class JointConfig(pipeline.Inputs):
     processes, layer by layer; the retriever is whole in each"""
     train: list[Literal["retriever", "generator"]] = ["retriever", "generator"]
     """the halves that learn; the other stays as it is"""
-    question_dropout: float = Field(default=0.0, ge=0, lt=1)
-    """share of a question's words that a retriever in training does not see; the generator does"""
     steps: int = Field(default=300, ge=0)
     batch_size: int = Field(default=24, ge=1)
     """questions of a step, of all processes together"""
@@ -146,7 +144,6 @@ def main(cfg: JointConfig) -> dict[str, float]:
             asked = [questions[row].question for row in rows_B]
             answers = [questions[row].gold for row in rows_B]
 
-            rag.draw = (cfg.seed, step)
             told = telemetry.before(step, index)
 
             # A stale index, words and chance propose; the loss scores with today's weights.
@@ -209,7 +206,6 @@ def load(cfg: JointConfig, device: torch.device) -> tuple[Rag, dict[str, Any]]:
         retriever = DualEncoder.build(cfg.encoder)
     # Half precision is for a frozen base; the retriever's embeddings decide what is found.
     retriever.to(device, torch.float64 if cfg.dtype == "float64" else torch.float32)
-    dropout = cfg.question_dropout if "retriever" in cfg.train else 0.0
     # A sharded one is cut layer by layer: whole it may be larger than the device.
     generator = Generator.load(cfg.generator, cfg.dtype, "cpu" if cfg.shard else device)
     if cfg.gradient_checkpointing:
@@ -222,7 +218,7 @@ def load(cfg: JointConfig, device: torch.device) -> tuple[Rag, dict[str, Any]]:
         generator.model.requires_grad_(False)
     if cfg.shard:
         sharding.shard(generator.model, DTYPES[cfg.dtype], device)
-    rag = Rag(retriever, generator, cfg.prompt, dropout)
+    rag = Rag(retriever, generator, cfg.prompt)
     rag.train()
     halves = {
         "retriever": (optim.trainable([rag.retriever]), cfg.lr_retriever),

@@ -4,10 +4,8 @@ Letters: B questions, K chunks per question, S prompts per question (by default 
 R = B*S prompts of a batch, T answer tokens, D embedding, U distinct chunks of a batch.
 """
 
-import zlib
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from einops import einsum, rearrange
 from torch import Tensor, nn
@@ -25,27 +23,14 @@ Pair = tuple[list[int], list[int]]
 
 
 class Rag(nn.Module):
-    """p(y|x) = sum_k p(z_k|x) p(y|x,z_k) over retrieved chunks (Lewis et al. 2020, eq. 1).
+    """p(y|x) = sum_k p(z_k|x) p(y|x,z_k) over retrieved chunks (Lewis et al. 2020, eq. 1)."""
 
-    In training the retriever scores questions without a share `question_dropout` of their words
-    (word dropout, Iyyer et al. 2015), so that no wording is learnt by heart.
-    """
-
-    def __init__(
-        self,
-        retriever: DualEncoder,
-        generator: Generator,
-        prompt: Prompt,
-        question_dropout: float = 0.0,
-    ) -> None:
+    def __init__(self, retriever: DualEncoder, generator: Generator, prompt: Prompt) -> None:
         super().__init__()
         self.retriever = retriever
         self.generator = generator.model
         self.tokenizer = generator.tokenizer
         self.prompt = prompt
-        self.question_dropout = question_dropout
-        self.draw: tuple[int, int] = (0, 0)
-        """seed and step: with a question's own text they decide which of its words are missing"""
 
     def scores(
         self, questions: Sequence[str], chunks_BK: Sequence[Sequence[Chunk]]
@@ -62,9 +47,6 @@ class Rag(nn.Module):
         unique = {chunk.id: chunk for row in chunks_BK for chunk in row}
         place = {chunk_id: row for row, chunk_id in enumerate(unique)}
         rows_BK = torch.tensor([[place[chunk.id] for chunk in row] for row in chunks_BK])
-        if self.training and self.question_dropout:
-            share = self.question_dropout
-            questions = [_worn(question, share, self.draw) for question in questions]
         queries_BD = self.retriever.encode_questions(list(questions))
         chunks_UD = self.retriever.encode_chunks([chunk.passage for chunk in unique.values()])
         cosines_BU = einsum(queries_BD, chunks_UD, "b d, u d -> b u")
@@ -121,15 +103,3 @@ class Rag(nn.Module):
         logp_BST = rearrange(logp_RT, "(b s) t -> b s t", **shape)
         mask_BST = rearrange(mask_RT, "(b s) t -> b s t", **shape)
         return scores_BK, crowding_B, logp_BST, mask_BST
-
-
-def _worn(text: str, share: float, draw: tuple[int, int]) -> str:
-    """The text without some of its words, each missing with odds `share`, but never all.
-
-    What is missing depends on the arguments alone, so that neither parts of a batch, nor the number
-    of processes, nor a run that goes on change it.
-    """
-    words = text.split()
-    rng = np.random.default_rng([*draw, zlib.crc32(text.encode())])
-    stays = (rng.random(len(words)) >= share).tolist()
-    return " ".join(word for word, kept in zip(words, stays, strict=True) if kept) or text

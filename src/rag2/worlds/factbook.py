@@ -66,6 +66,8 @@ class Factbook(Config):
     control: StrictInt = Setting(default=150, ge=0)
     unseen: float = Setting(default=0.5, ge=0, le=1)
     """share of test questions in wordings that training never uses"""
+    held_out: Literal["drawn", "last"] = "drawn"
+    """which wording of a field those are: one drawn by `seed`, or the last, mostly the remotest"""
     min_values: StrictInt = Setting(default=80, ge=4)
     """countries that must have a short value of a field, for it to be asked about"""
     min_distinct: float = Setting(default=0.35, ge=0, le=1)
@@ -114,9 +116,14 @@ class Factbook(Config):
         return {(code, path): page for code, page in every for path in page.paths}
 
     @cached_property
+    def fields(self) -> tuple[Field, ...]:
+        """The fields that questions ask for, one wording of each held out for test."""
+        return fields(draw=f"factbook/{self.seed}/wordings" if self.held_out == "drawn" else "")
+
+    @cached_property
     def facts(self) -> dict[Field, list[Fact]]:
         """The facts of every field that enough countries have, with distinct enough values."""
-        found = {field: self._facts(field) for field in fields()}
+        found = {field: self._facts(field) for field in self.fields}
         good = {}
         for field, facts in found.items():
             distinct = len({key(fact.value) for fact in facts})
@@ -182,7 +189,8 @@ class Factbook(Config):
         """The base's training sequences, all of the older edition."""
         kept = {code: editions.pages(c, self.entry_words)[0] for code, c in self.old.items()}
         practised = {code for code in kept if self.split.get(code) == "train"}
-        return pretrain.rows(self.pretrain_rows, self.old, kept, practised, self._rng("pretrain"))
+        rng = self._rng("pretrain")
+        return pretrain.rows(self.pretrain_rows, self.old, kept, practised, self.fields, rng)
 
     def _facts(self, field: Field) -> list[Fact]:
         """A field's facts; those that the documents do not state in full are left out."""

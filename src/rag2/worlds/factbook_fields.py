@@ -1,5 +1,6 @@
 """Which facts of the Factbook are asked for, how people word it, and what counts as the answer."""
 
+import random
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -59,22 +60,30 @@ class Field:
 
 
 @cache
-def fields(part: str = "fields") -> tuple[Field, ...]:
-    """The fields of the questions, or of the `control` questions that the base must not forget."""
+def fields(part: str = "fields", draw: str = "") -> tuple[Field, ...]:
+    """The fields of the questions, or of the `control` questions that the base must not forget.
+
+    One wording of each is unseen: drawn with the seed `draw`, or without one the last.
+    """
     source = files("rag2.worlds").joinpath("factbook_questions.yaml")
     entries = yaml12.parse(source.read_text(encoding="utf-8"), source.name)[part]
     earlier = Counter(entry.get("was", entry["field"]) for entry in entries)
-    return tuple(
-        Field(
-            path=_path(entry["field"]),
-            was=_path(entry.get("was", entry["field"])),
-            seen=tuple(entry["ask"][:-1]),
-            unseen=tuple(entry["ask"][-1:]),
-            form=entry.get("form", ".*"),
-            shared=earlier[entry.get("was", entry["field"])] > 1,
+    found = []
+    for entry in entries:
+        seen, was = list(entry["ask"]), entry.get("was", entry["field"])
+        held = random.Random(f"{draw}/{entry['field']}").randrange(len(seen)) if draw else -1
+        unseen = seen.pop(held)
+        found.append(
+            Field(
+                path=_path(entry["field"]),
+                was=_path(was),
+                seen=tuple(seen),
+                unseen=(unseen,),
+                form=entry.get("form", ".*"),
+                shared=earlier[was] > 1,
+            )
         )
-        for entry in entries
-    )
+    return tuple(found)
 
 
 def answer(text: str) -> str:

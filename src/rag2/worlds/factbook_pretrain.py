@@ -1,12 +1,12 @@
 """What the Factbook's base is trained on: the older edition's text, and reading it."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from rag2.worlds.factbook_editions import Country, FactPath, Page
-from rag2.worlds.factbook_fields import answer, fields, mentions
+from rag2.worlds.factbook_fields import Field, answer, fields, mentions
 
 PASSAGE_WORDS = 80  # about the size of a chunk, so that the base reads what it will be given
 PLAIN, DISTRACTED, CLOSED = 0.10, 0.10, 0.05  # shares of rows; the rest is reading
@@ -38,10 +38,11 @@ def rows(
     countries: dict[str, Country],
     pages: dict[str, list[Page]],
     practised: set[str],
+    asked_for: Sequence[Field],
     rng: random.Random,
 ) -> Iterator[Row]:
     """`count` training sequences; only the countries in `practised` (codes) are asked about."""
-    passages = {code: _passages(countries[code], found) for code, found in pages.items()}
+    passages = {c: _passages(countries[c], found, asked_for) for c, found in pages.items()}
     everything = [p for found in passages.values() for p in found]
     readable = [p for c in sorted(practised) for p in passages[c] if p.asked or p.generic]
     asked = [p for p in readable if p.asked]
@@ -91,10 +92,10 @@ def _by_heart(country: Country) -> tuple[Pair, ...]:
     return tuple(found)
 
 
-def _passages(country: Country, pages: list[Page]) -> list[Passage]:
+def _passages(country: Country, pages: list[Page], asked_for: Sequence[Field]) -> list[Passage]:
     """The documents in pieces of whole lines, each with its questions."""
     people: dict[FactPath, list[Pair]] = {}
-    for field in fields():
+    for field in asked_for:
         value, wordings = field.earlier(country.facts.get(field.was, ""))
         if value:
             people.setdefault(field.was, []).append((_filled(wordings, country), value))

@@ -24,7 +24,7 @@ CONTRASTS = (
 )
 # What the two arms of a contrast were given alike, so that the method alone can differ.
 EQUAL = {
-    ("joint", "sft_rag"): "equal supervision: the same questions and answers, steps and chunks",
+    ("joint", "sft_rag"): "equal supervision: the same questions, as many steps and chunks",
     ("frozen_rag", "ft"): "equal supervision: the documents and no training question",
 }
 

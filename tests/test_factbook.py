@@ -15,7 +15,20 @@ from rag2.worlds import factbook_editions as editions
 from rag2.worlds.factbook import Factbook
 from rag2.worlds.factbook_fields import answer, fields, key, mentions, number
 
-NAMES = "Arvo Belk Corun Dask Emmer Fal Gorm Hesk Ivar Jolm Kend Lusk".split()
+NAMES = [
+    "Arvo",
+    "Belk",
+    "Corun",
+    "Dask",
+    "Emmer",
+    "Fal",
+    "Gorm",
+    "Hesk",
+    "Ivar",
+    "Jolm",
+    "Kend",
+    "Lusk",
+]
 HELD: dict[str, Any] = {
     "test_countries": 3,
     "validation_countries": 2,

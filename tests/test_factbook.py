@@ -15,20 +15,7 @@ from rag2.worlds import factbook_editions as editions
 from rag2.worlds.factbook import Factbook
 from rag2.worlds.factbook_fields import answer, fields, key, mentions, number
 
-NAMES = [
-    "Arvo",
-    "Belk",
-    "Corun",
-    "Dask",
-    "Emmer",
-    "Fal",
-    "Gorm",
-    "Hesk",
-    "Ivar",
-    "Jolm",
-    "Kend",
-    "Lusk",
-]
+NAMES = list[str]("Arvo Belk Corun Dask Emmer Fal Gorm Hesk Ivar Jolm Kend Lusk".split())
 HELD: dict[str, Any] = {
     "test_countries": 3,
     "validation_countries": 2,

@@ -88,7 +88,10 @@ def main(cfg: CompareConfig) -> dict:
     where = distributed.device(cfg.device)
     systems = Systems(parts(cfg), cfg.seed, cfg.prompt, sets.all(), by_id, cfg.dtype, where)
     if max(cfg.ks) > len(systems.chunks):
-        raise UserError(f"ks={cfg.ks}: K is larger than the corpus of {len(systems.chunks)} chunks")
+        raise UserError(
+            f"ks={cfg.ks}: K is larger than the corpus of {len(systems.chunks)} chunks; "
+            f"allowed: 0 to {len(systems.chunks)}"
+        )
     chosen, left_out = choose_arms(cfg, sets, systems)
     needed = {stage for arm in chosen.values() for stage in stages(cfg, arm)}
     if needed:

@@ -67,6 +67,7 @@ def main() -> None:
 class Settings(config.Config):
     """Of the run."""
 
+    steps: int = 100
     out: str
     resume: bool = False
     log_with: list[str] = []

@@ -77,6 +77,30 @@ def test_the_last_two_checkpoints_are_kept_and_the_pointer_names_the_last(tmp_pa
     assert [extra["generation"] for extra in checkpoint.retained(tmp_path)] == [2, 3]
 
 
+def test_the_newest_checkpoints_are_those_of_the_largest_steps(tmp_path: Path):
+    parts = fresh()
+    for step in (999_998, 999_999, 1_000_000):
+        checkpoint.save(tmp_path, step, *parts, extra={"at": step})
+    assert [extra["at"] for extra in checkpoint.retained(tmp_path)] == [999_999, 1_000_000]
+    state = checkpoint.load(tmp_path, *fresh())
+    assert state is not None and state["step"] == 1_000_000
+
+
+def test_each_process_goes_on_with_random_numbers_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    states = [torch.Generator().manual_seed(n).get_state() for n in (1, 2)]
+    parts = fresh()
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.distributed, "each", lambda mine: torch.stack(states))
+        checkpoint.save(tmp_path, 3, *parts, extra={})
+    for rank, state in ((0, states[0]), (1, states[1]), (2, states[0])):
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoint.distributed, "rank", lambda rank=rank: rank)
+            checkpoint.load(tmp_path, *fresh())
+        assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_a_damaged_or_foreign_checkpoint_is_refused_in_one_line(tmp_path: Path):
     modules, optimizer = fresh()
     trained((modules, optimizer), 1)

@@ -230,7 +230,8 @@ def test_strict_or_empty_builds_end_with_status_2(
     words = ["--tokenizer", tokenizer, "--strict"]
     status, out, err = rag2(capsys, "kb", "build", tmp_path / "a.sqlite", documents, *words)
     assert status == 2 and "2 accepted + 2 rejected = 4" in out
-    assert err.splitlines()[-1] == "error: 2 documents were rejected (--strict)"
+    assert "error: 2 documents were rejected (--strict)" in err.splitlines()[-1]
+    assert err.endswith(" was not written\n") and not list(tmp_path.glob("*.sqlite*"))
     (tmp_path / "bad.jsonl").write_text("{}\n")
     words = [tmp_path / "bad.jsonl", "--tokenizer", tokenizer]
     status, out, err = rag2(capsys, "kb", "build", tmp_path / "b.sqlite", *words)

@@ -57,6 +57,7 @@ def test_generations_are_numbered_pointed_at_and_pruned(
     folder = tmp_path / "generations"
     for number in range(4):
         made.build(number, 10 * number)
+        made.publish(number)
     names = [f"{number:06d}" for number in range(4)]
     assert sorted(p.name for p in folder.iterdir()) == [*names, "current"]
     assert (folder / "current").read_text().strip() == "000003"

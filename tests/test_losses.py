@@ -64,6 +64,19 @@ def test_info_nce_is_the_negative_log_softmax_at_the_positive():
     torch.testing.assert_close(queries.grad, 7.0 / 4 * (scores.softmax(1) - onehot) @ chunks)
 
 
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_the_gradient_of_info_nce_is_that_of_differences_of_its_value(symmetric: bool):
+    wide: dict = {"dtype": torch.float64, "requires_grad": True}
+    inputs = (torch.randn(4, 3, **wide), torch.randn(6, 3, **wide), torch.tensor(2.0, **wide))
+    positive = torch.tensor([0, 1, 1, 4])
+    mask = torch.rand(4, 6) < 0.2
+
+    def value(queries: Tensor, chunks: Tensor, scale: Tensor) -> Tensor:
+        return info_nce(queries, chunks, positive, scale, mask, symmetric)
+
+    assert torch.autograd.gradcheck(value, inputs, eps=1e-6, atol=1e-8, rtol=1e-6)
+
+
 def test_info_nce_with_a_single_chunk_is_zero_and_its_scale_is_learnable():
     scale = torch.tensor(3.0, requires_grad=True)
     zero = torch.zeros(2, dtype=torch.long)

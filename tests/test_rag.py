@@ -178,10 +178,43 @@ def test_in_batch_negatives_normalise_the_prior_over_all_chunks_of_the_batch(
     assert (result.loss_B > OnePass()(rag, Marginal(), *batch).loss_B).all()
 
 
+def test_negatives_from_the_batch_push_the_retriever_away(rag: Rag, batch: Batch):
+    questions, _, chunks_BK = batch
+    rag.double()
+    weights = [p for p in rag.retriever.parameters() if p.requires_grad]
+    along = [torch.randn_like(weight) for weight in weights]
+    rag.scores(questions, chunks_BK)[1].sum().backward()
+    slope = sum(
+        (p.grad * d).sum() for p, d in zip(weights, along, strict=True) if p.grad is not None
+    )
+
+    def crowding(size: float) -> Tensor:
+        with torch.no_grad():
+            for weight, direction in zip(weights, along, strict=True):
+                weight.add_(direction, alpha=size)
+            value = rag.scores(questions, chunks_BK)[1].sum()
+            for weight, direction in zip(weights, along, strict=True):
+                weight.sub_(direction, alpha=size)
+        return value
+
+    by_hand = (crowding(1e-6) - crowding(-1e-6)) / 2e-6
+    assert abs(by_hand) > 1e-4
+    torch.testing.assert_close(slope, by_hand, rtol=1e-4, atol=1e-6)
+
+
 def test_one_question_alone_has_no_negatives_in_the_batch(rag: Rag, batch: Batch):
     questions, _, chunks_BK = batch
     _, crowding_B = rag.scores(questions[:1], chunks_BK[:1])
     torch.testing.assert_close(crowding_B, torch.zeros(1), atol=1e-5, rtol=0)
+
+
+@steps
+def test_a_loss_that_nothing_trainable_takes_part_in_leaves_everything_as_it_is(
+    rag: Rag, batch: Batch, step: OnePass | TwoPass
+):
+    rag.retriever.requires_grad_(False)  # and without a reader the generator is only a teacher
+    result = step(rag, PDist(reader="none"), *batch)
+    assert result.loss_B.isfinite().all() and not any(grad.any() for grad in left(rag).values())
 
 
 # --- the two equal paths --------------------------------------------------------------------------

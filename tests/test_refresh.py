@@ -13,7 +13,10 @@ from pathlib import Path
 import pytest
 
 from rag2 import artifact
+from rag2.index.flat import Flat
+from rag2.index.generation import Generation
 from rag2.registry import UserError
+from rag2.reindex import build
 from rag2.reindex.live import LiveIndex
 from rag2.reindex.policy import AdaptiveRefresh, AsyncRefresh, EagerRefresh
 from rag2.reindex.process import Worker, WorkerFailed
@@ -40,7 +43,10 @@ def worker(tmp_path: Path, script: str, patience: float = 60.0) -> Worker:
 @pytest.mark.parametrize(
     ("script", "message"),
     [
-        ("say(4); sys.exit(7)", r"ended with status 7 after 4 of 9 chunks: no message"),
+        (
+            "say(4); print('hello'); sys.exit(7)",
+            r"ended with status 7 after 4 of 9 chunks: no message",
+        ),
         ("raise OSError('No space left')", r"status 1 after nothing: OSError: No space left"),
         ("say(1); os.kill(os.getpid(), 9)", r"killed by signal 9 after 1 of 9 chunks"),
     ],
@@ -64,6 +70,31 @@ def test_a_worker_that_falls_silent_is_killed_and_one_that_is_only_slow_is_not(t
     for process in (silent, stopped):
         with pytest.raises(ProcessLookupError):
             os.kill(process.pid, 0)
+
+
+def test_a_worker_gives_signs_of_life_before_and_after_it_encodes_and_not_while_it_should(
+    tmp_path: Path,
+):
+    begin = "from rag2.reindex.worker import _pulse\npulse = _pulse(1.0)\n"
+    busy = begin + "time.sleep(4); pulse(1, 9); pulse(9, 9); time.sleep(4)"
+    hangs = begin + "time.sleep(1); pulse(1, 9); time.sleep(60)"
+    fine, stuck = (worker(tmp_path, script, patience=60.0) for script in (busy, hangs))
+    for process in (fine, stuck):
+        while not process.finished() and not process.total:  # it imports torch first
+            time.sleep(0.05)
+        process.patience = 2.5
+    fine.wait()
+    with pytest.raises(WorkerFailed, match="no sign of life for . s after 1 of 9"):
+        stuck.wait()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"cpus": [999]}, "this machine has the cores 0 to"), ({"device": "tpu"}, "pattern")],
+)
+def test_a_core_or_a_device_that_is_not_there_is_refused_at_once(change, message: str):
+    with pytest.raises(ValueError, match=message):
+        AsyncRefresh(**change)
 
 
 def test_a_worker_does_not_believe_that_it_belongs_to_the_training_group(
@@ -131,7 +162,7 @@ def test_no_worker_outlives_its_trainer(tmp_path: Path):
         pid = int(trainer.stdout.readline())
         os.kill(pid, 0)
         trainer.kill()
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120  # it imports torch first, on a busy machine slowly
     while Path(f"/proc/{pid}").exists() and "zombie" not in status(pid):
         assert time.monotonic() < deadline, "the worker goes on without its trainer"
         time.sleep(0.05)
@@ -193,7 +224,17 @@ def exchange(directory: Path, number: int) -> None:
         shutil.copytree(directory.with_name("000000"), directory)
 
 
-@pytest.mark.parametrize("spoil", [flip, lose, exchange])
+def shorten(directory: Path, number: int) -> None:
+    """A whole and valid generation of the right encoder that lacks a chunk."""
+    if number == 1:
+        made = Generation.load(directory)
+        encoder = DualEncoder.load(directory.parents[1] / "snapshots" / "000001" / "encoder")
+        shutil.rmtree(directory)
+        chunks = made.chunks.slice(1)
+        build.generation(encoder, chunks, Flat(device="cpu"), made.step, 1, "h").save(directory)
+
+
+@pytest.mark.parametrize("spoil", [flip, lose, exchange, shorten])
 def test_a_damaged_or_a_wrong_generation_is_made_again_and_never_swapped_in(
     store: Store,
     chunks: list[Chunk],
@@ -248,6 +289,15 @@ def test_a_refresh_under_way_is_taken_up_from_its_snapshot(
         assert kept == ["000000", "000001"]  # nothing of what came after the checkpoint
         assert swaps(again, encoder, range(5, 7)) == [(6, 1)]
         assert same(again.generation, expected)
+
+
+def test_a_changed_knowledge_base_is_noticed_where_a_run_goes_on(
+    store: Store, encoder: DualEncoder
+):
+    state = LiveIndex(store, AsyncRefresh(every=4, lag=3)).state()
+    store.kb_hash = "another"
+    with pytest.raises(UserError, match="the knowledge base has changed since this run began"):
+        LiveIndex(store, AsyncRefresh(every=4, lag=3), state)
 
 
 def test_what_a_checkpoint_names_is_kept_and_the_rest_is_not(

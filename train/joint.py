@@ -118,13 +118,14 @@ def main(cfg: JointConfig) -> dict[str, float]:
         chunks, kb_version, kb_hash = kb.chunks(), kb.version, kb.content_hash()
     everything = load_questions(cfg.questions)
     questions = subset(split(everything, "train"), cfg.question_share, cfg.seed)
+    watch = Watch(everything, chunks)
+    watch.needed_by(cfg.refresh, cfg.guard)
     propose = Proposals(cfg.candidates, chunks, questions, cfg.seed)
     rag, halves = load(cfg, device)
     weights = [p for parameters, _ in halves.values() for p in parameters]
     optimizer = optim.adamw(halves, cfg.weight_decay, cfg.betas)
     run = Run(cfg, {"retriever": rag.retriever, "generator": rag.generator}, optimizer)
     first_rank = distributed.rank() == 0
-    watch = Watch(everything, chunks)
     telemetry = Telemetry(rag.retriever, watch, cfg.staleness, cfg.guard, run.extra)
     store = Store(run.out, chunks, rag.retriever, cfg.index, kb_version, kb_hash, first_rank)
 
@@ -190,7 +191,8 @@ def main(cfg: JointConfig) -> dict[str, float]:
             index.poll(step)
             if (step + 1) % cfg.checkpoint_every == 0 or stop.asked():
                 run.checkpoint(step + 1, **index.state(), **telemetry.state())
-                index.prune(checkpoint.retained(run.out))
+                if first_rank:  # the others might read what it removes
+                    index.prune(checkpoint.retained(run.out))
                 stop.obey(run, step + 1)
     finish(cfg, run, rag, halves)
     return {"loss": loss}

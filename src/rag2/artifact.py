@@ -138,6 +138,17 @@ def replace(path: Path, text: str) -> None:
     _sync_directory(path.parent)
 
 
+def append(path: Path, text: str) -> None:
+    """Add to a file, durable on return; a crash may leave the beginning of `text`."""
+    new = not path.exists()
+    with path.open("a", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    if new:
+        _sync_directory(path.parent)
+
+
 def sweep(parent: Path | str) -> list[Path]:
     """Remove the staging directories that killed writers left in `parent`; returns them."""
     removed = []

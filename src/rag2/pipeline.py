@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
+from rich.console import Console
+
 from rag2 import artifact, stages
 from rag2.generator.bpe import train_bpe
 from rag2.kb.build import build
@@ -148,5 +150,9 @@ def _write_data(cfg: Inputs, directory: Path, note: str) -> None:
 def _locked(home: Path) -> Iterator[None]:
     """One process at a time fills a home; the lock goes with the process, however it ends."""
     with (home / ".lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            Console(stderr=True).print(f"home={home} is in use by another command; waiting for it")
+            fcntl.flock(file, fcntl.LOCK_EX)
         yield

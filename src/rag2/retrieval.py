@@ -1,7 +1,8 @@
 """Question -> chunks: the dense index, BM25, random chunks and the gold chunk behind one call."""
 
+import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Protocol, Self
 
 import numpy as np
@@ -13,6 +14,8 @@ from rag2.registry import UserError
 from rag2.retriever.embed import embed_corpus
 from rag2.retriever.encoder import DualEncoder
 from rag2.types import Chunk, Question
+
+logger = logging.getLogger(__name__)
 
 
 class Retriever(Protocol):
@@ -95,6 +98,7 @@ def gold_chunks(questions: Sequence[Question], chunks: Sequence[Chunk]) -> dict[
     by_document: dict[str, list[Chunk]] = {}
     for chunk in chunks:
         by_document.setdefault(chunk.document, []).append(chunk)
+    _tell_unknown(questions, by_document.keys())
     found = {}
     for question in questions:
         if question.gold_chunk is not None:
@@ -106,6 +110,17 @@ def gold_chunks(questions: Sequence[Question], chunks: Sequence[Chunk]) -> dict[
         holding = [c for c in rows if answer.search(c.text.casefold())]
         found[question.id] = [c.id for c in holding or rows]
     return found
+
+
+def _tell_unknown(questions: Sequence[Question], documents: Collection[str]) -> None:
+    """Warn of evidence that no document is: a typo there would pass for a missing label."""
+    unknown = [(q.id, d) for q in questions for d in q.evidence if d not in documents]
+    if unknown:
+        logger.warning(
+            "question %r names evidence %r, which is no document of the knowledge base%s",
+            *unknown[0],
+            f" (and {len(unknown) - 1} more such names)" if unknown[1:] else "",
+        )
 
 
 def recall(ids_QK: np.ndarray, gold: Sequence[Sequence[int]], k: int) -> np.ndarray:

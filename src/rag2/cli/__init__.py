@@ -55,7 +55,7 @@ def root(
     if version:
         typer.echo(f"rag2 {__version__}")
     elif context.invoked_subcommand is None:
-        raise UserError("missing command; see rag2 --help")
+        raise UserError(f"missing command; {_commands_of(context)}")
 
 
 @app.command()
@@ -155,10 +155,19 @@ def sweep(
         raise SystemExit(1)
 
 
+def _commands_of(context: typer.Context) -> str:
+    """The commands of a group, and where more is said of them."""
+    names = context.command.list_commands(context)  # type: ignore[attr-defined]
+    return f"allowed: {', '.join(names)}; see {context.command_path} --help"
+
+
 def _complaint(error: TyperException) -> str:
     """What is wrong with the command line, in one line."""
     message = " ".join(error.format_message().split()).rstrip(".")
     message = message[:1].lower() + message[1:]
+    context = getattr(error, "ctx", None)
+    if message.startswith("missing command") and context:
+        return f"missing command; {_commands_of(context)}"
     return message if message.endswith("?") else f"{message}; see --help"
 
 

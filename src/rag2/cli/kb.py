@@ -29,7 +29,7 @@ def kb_build(
     ] = "words",
     tokens: Annotated[int, typer.Option(min=1, help="Longest chunk, in tokens.")] = 128,
     overlap: Annotated[int, typer.Option(min=0, help="Shared by neighbours, in tokens.")] = 16,
-    strict: Annotated[bool, typer.Option(help="Exit with 2 if any document is rejected.")] = False,
+    strict: Annotated[bool, typer.Option(help="Any reject: write nothing, exit with 2.")] = False,
 ) -> None:
     """Read documents, cut them into chunks and write a new knowledge base.
 
@@ -53,12 +53,12 @@ def kb_build(
     ]
     chunker = load(TokenChunker, None, settings)
     with status(f"building {path}"):
-        summary = build(path, sources, chunker)
+        summary = build(path, sources, chunker, strict)
     _report(summary)
-    if not summary.accepted:
-        raise UserError(f"no document was accepted; {path} was not written")
     if strict and summary.rejected:
-        raise UserError(f"{len(summary.rejected)} documents were rejected (--strict)")
+        raise UserError(
+            f"{len(summary.rejected)} documents were rejected (--strict); {path} was not written"
+        )
 
 
 @commands.command("list")

@@ -36,11 +36,13 @@ class Summary:
         return self.accepted + len(self.rejected)
 
 
-def build(path: Path | str, sources: Sequence[Path | str], chunker: Chunker) -> Summary:
+def build(
+    path: Path | str, sources: Sequence[Path | str], chunker: Chunker, strict: bool = False
+) -> Summary:
     """Write the knowledge base of all documents in `sources` to `path`; rejects are reported.
 
-    The file appears complete, by a rename, or not at all. Raises UserError if `path` is taken, a
-    source is missing, or no document was accepted.
+    The file appears complete, by a rename, or not at all: with `strict` not if there are rejects.
+    Raises UserError if `path` is taken, a source is missing, or no document was accepted.
     """
     path = Path(path)
     # A write-ahead log left behind by another file of that name would be replayed into the new one.
@@ -58,14 +60,15 @@ def build(path: Path | str, sources: Sequence[Path | str], chunker: Chunker) -> 
                 kb.seal()
             if not inputs.seen:
                 raise UserError(_nothing(sources, inputs.rejected))
-            _sync(partial)
-            os.rename(partial, path)
-    except BaseException:
-        for folder in missing:  # innermost first
-            with suppress(OSError):  # somebody else may have put something there
-                folder.rmdir()
-        raise
-    _sync(path.parent)
+            if not (strict and inputs.rejected):
+                _sync(partial)
+                os.rename(partial, path)
+                _sync(path.parent)
+    finally:
+        if not path.exists():
+            for folder in missing:  # innermost first
+                with suppress(OSError):  # somebody else may have put something there
+                    folder.rmdir()
     return Summary(len(inputs.seen), inputs.rejected, chunks)
 
 

@@ -59,7 +59,8 @@ class KnowledgeBase:
         if create and self.path.exists():
             raise UserError(f"{self.path} already exists")
         if not create and not self.path.is_file():
-            raise UserError(f"knowledge base {str(self.path)!r} does not exist")
+            what = "is not a file" if self.path.exists() else "does not exist"
+            raise UserError(f"knowledge base {str(self.path)!r} {what}")
         uri = f"{self.path.absolute().as_uri()}?mode={'rwc' if create else 'rw'}"
         self._db = sqlite3.connect(uri, uri=True, isolation_level=None)  # explicit transactions
         try:

@@ -23,7 +23,8 @@ def info_nce(
     Relations: scale = 1 / temperature = `encoder.scale`; N = 1 gives 0; it is the marginal loss
     with a posterior that is certain of the positive.
     """
-    scores_BN = scale * einsum(queries_BD.float(), chunks_ND.float(), "b d, n d -> b n")
+    wide = torch.promote_types(queries_BD.dtype, torch.float32)
+    scores_BN = scale * einsum(queries_BD.to(wide), chunks_ND.to(wide), "b d, n d -> b n")
     columns_N = torch.arange(len(chunks_ND), device=positive_B.device)
     is_positive_BN = rearrange(positive_B, "b -> b 1") == columns_N
     if mask_BN is not None:

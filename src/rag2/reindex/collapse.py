@@ -100,10 +100,11 @@ class Watchdog:
     ) -> None:
         """`state` is what a checkpoint has of it; None: the first generation is yet to be seen."""
         self.guard, self.encoder, self.questions = guard, encoder, list(questions[:ASKED])
-        first = (state or {}).get("first_health")
+        state = state or {}
+        first, latest = state.get("first_health"), state.get("latest_health")
         self.first = Health(**first) if first else None
-        self.latest = self.first
-        self.cuts: list[int] = list((state or {}).get("cuts", []))
+        self.latest = Health(**latest) if latest else None
+        self.cuts: list[int] = list(state.get("cuts", []))
 
     @property
     def rate(self) -> float:
@@ -124,9 +125,11 @@ class Watchdog:
                 f"the retriever is collapsing (index of step {generation.step}): {'; '.join(wrong)}"
             )
             if self.guard.action == "stop":
-                raise UserError(f"{what}. Lower lr_retriever, or add candidates by bm25 or random")
-            # A run that goes on from a checkpoint looks at its generation again.
-            if self.guard.action == "cut" and generation.step not in self.cuts:
+                raise UserError(
+                    f"{what}. Begin again with a lower lr_retriever, or more candidates by bm25 "
+                    "or random"
+                )
+            if self.guard.action == "cut":
                 self.cuts.append(generation.step)
                 what += f"; its learning rate is now {self.rate:g} of what it was"
             logger.warning("%s", what)
@@ -137,4 +140,8 @@ class Watchdog:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint must hold."""
-        return {"first_health": asdict(self.first) if self.first else None, "cuts": self.cuts}
+        return {
+            "first_health": asdict(self.first) if self.first else None,
+            "latest_health": asdict(self.latest) if self.latest else None,
+            "cuts": self.cuts,
+        }

@@ -1,7 +1,6 @@
 """At which step each generation was swapped in, where the clock decided."""
 
 import json
-import os
 from pathlib import Path
 
 from rag2 import artifact
@@ -28,10 +27,7 @@ class Journal:
         """Durable on return: the swap that follows will be found where it was."""
         self.steps[generation] = step
         if self.keep:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(_line((generation, step)))
-                file.flush()
-                os.fsync(file.fileno())
+            artifact.append(self.path, _line((generation, step)))
 
 
 def _line(swap: tuple[int, int]) -> str:

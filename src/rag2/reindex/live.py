@@ -74,8 +74,7 @@ class LiveIndex:
         self._journal = Journal(store.generations.parent / "swaps.jsonl", store.keep, bool(state))
         self.number = state["generation"] if state else 0
         self._swapped = state["swapped"] if state else -1
-        self.generation = store.load(self.number) if state else store.build(0, 0)
-        self._check(self.generation)
+        self.generation = self._again() if state else self._first()
         share = policy.share if isinstance(policy, SyncRefresh | Background) else 1.0
         self._demand = Demand(share, self.generation.ids_N, state.get("demand") if state else None)
         if state and state.get("pending"):
@@ -179,6 +178,22 @@ class LiveIndex:
 
     def _needed(self) -> tuple[set[int], set[int]]:
         return needed_by(self.state())
+
+    def _first(self) -> Generation:
+        made = self._store.build(0, 0)
+        self._check(made)
+        self._store.publish(0)
+        return made
+
+    def _again(self) -> Generation:
+        """The generation of a checkpoint; it was looked at when it was new."""
+        made = self._store.load(self.number)
+        if made.kb_hash != self._store.kb_hash:
+            raise UserError(
+                "the knowledge base has changed since this run began; begin another one with "
+                "another out=, or resume with the knowledge base that it had"
+            )
+        return made
 
     def _time_to_swap(self, step: int) -> bool:
         assert self._pending is not None

@@ -1,10 +1,21 @@
 """When the corpus is re-encoded, by whom, and when training sees the result."""
 
-from typing import Literal
+import os
+from typing import Annotated, Literal
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import AfterValidator, Field, PositiveInt, model_validator
 
 from rag2.config import Config
+
+
+def _there(cores: list[int]) -> list[int]:
+    last = (os.cpu_count() or 1) - 1
+    if not cores or not all(0 <= core <= last for core in cores):
+        raise ValueError(f"this machine has the cores 0 to {last}")
+    return cores
+
+
+Cores = Annotated[list[int], AfterValidator(_there)]
 
 
 class NoRefresh(Config):
@@ -33,7 +44,7 @@ class SyncRefresh(Partial):
     """training steps between two"""
     threads: PositiveInt | None = None
     """of re-encoding, where training has fewer; null: those of training"""
-    cpus: list[int] | None = None
+    cpus: Cores | None = None
     """the cores for re-encoding; null: those of training"""
 
     def due(self, step: int, overlap: float | None = None) -> bool:
@@ -44,11 +55,11 @@ class SyncRefresh(Partial):
 class Background(Partial):
     """A worker process re-encodes a snapshot of the encoder while training goes on."""
 
-    device: str = "cpu"
+    device: str = Field(default="cpu", pattern=r"^(cpu|cuda(:\d+)?)$")
     """of the worker: cpu, cuda:N"""
     threads: PositiveInt = 1
     """of the worker"""
-    cpus: list[int] | None = None
+    cpus: Cores | None = None
     """the cores that the worker may use; null: those of training"""
     nice: int = Field(default=5, ge=0, le=19)
     """how far the worker stands back where cores are shared"""

@@ -1,7 +1,7 @@
 """A worker process seen from training: alive, dead, silent or done."""
 
-import json
 import os
+import re
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
@@ -9,6 +9,7 @@ from pathlib import Path
 
 # A process of a training group must not believe that it is one of the group.
 GROUP = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+PROGRESS = re.compile(rb'\{"done": (\d+), "total": (\d+)\}')
 POLL = 0.02  # seconds between two looks at a worker that training waits for
 
 
@@ -74,9 +75,9 @@ class Worker:
         while not self._process.stdout.closed and (data := self._process.stdout.read(65536)):
             self._heard = time.monotonic()
             *lines, self._rest = (self._rest + data).split(b"\n")
-            if lines:
-                told = json.loads(lines[-1])
-                self.done, self.total = told["done"], told["total"]
+            for line in lines:
+                if told := PROGRESS.fullmatch(line):  # a library may print there, too
+                    self.done, self.total = int(told[1]), int(told[2])
 
     def _told(self) -> str:
         return f"{self.done} of {self.total} chunks" if self.total else "nothing"

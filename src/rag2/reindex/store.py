@@ -50,7 +50,7 @@ class Store:
         )
         if self.keep:
             self.drop(number)  # a run that continues from a checkpoint builds again
-            made.save(self._path(number), pointer=self.generations / "current")
+            made.save(self._path(number))
         return made
 
     def snapshot(self, number: int, step: int, rows_M: np.ndarray | None = None) -> str:
@@ -101,7 +101,7 @@ class Store:
         return artifact.is_complete(self._path(number))
 
     def publish(self, number: int) -> None:
-        """Let `current` name a generation that a worker committed; its snapshot has served."""
+        """Let `current` name a generation that is about to be searched."""
         if self.keep:
             artifact.replace(self.generations / "current", f"{number:06d}\n")
 

@@ -8,7 +8,6 @@ when its stdin closes, so that whatever becomes of the trainer, no worker is lef
 
 import json
 import os
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -85,19 +84,35 @@ def _corpus(generation: Path, rows: Path) -> tuple[pa.Table, build.Part | None]:
 
 
 def _pulse(duty: float) -> Callable[[int, int], None]:
-    """Tells how many chunks are done, and sleeps so as to compute for `duty` of the time."""
+    """Tells how many chunks are done, and sleeps so as to compute for `duty` of the time.
+
+    Before the first and after the last chunk a thread gives the signs of life: hashing a snapshot,
+    clustering for IVF and committing may each take longer than training has patience for.
+    """
+    told, encoding = {"done": 0, "total": 0}, threading.Event()
     began = last = time.monotonic()
+
+    def tell() -> None:
+        os.write(1, (json.dumps(told) + "\n").encode())  # one call: two threads tell
+
+    def between() -> None:
+        while True:
+            time.sleep(EVERY)
+            if not encoding.is_set():
+                tell()
 
     def pulse(done: int, total: int) -> None:
         nonlocal began, last
+        told.update(done=done, total=total)
         now = time.monotonic()
         if now - last > EVERY or done == total:
-            sys.stdout.write(json.dumps({"done": done, "total": total}) + "\n")
-            sys.stdout.flush()
+            tell()
             last = now
+        (encoding.clear if done == total else encoding.set)()
         time.sleep((now - began) * (1 / duty - 1))
         began = time.monotonic()
 
+    threading.Thread(target=between, daemon=True).start()
     return pulse
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from rag2.modes import evaluating
+from rag2.registry import UserError
 from rag2.retriever.encoder import DualEncoder, Side
 
 # Texts are tokenized and sorted by length this many at a time: it bounds the token ids in memory.
@@ -41,7 +42,7 @@ def embed_blocks(
 
     Texts of like length share a batch of at most `batch_tokens` padded tokens (one text at least;
     None: as many as suit the encoder's device). `progress(done, total)` is called after each batch.
-    Raises ValueError naming the first text whose embedding is not finite.
+    Raises UserError naming the first text whose embedding is not finite.
     """
     done = 0
     on_cpu = encoder.log_scale.device.type == "cpu"
@@ -54,7 +55,7 @@ def embed_blocks(
                 batch_BD = encoder.embed([rows[i] for i in batch], side).cpu().numpy()
                 wrong = batch[~np.isfinite(batch_BD).all(axis=1)]
                 if wrong.size:
-                    raise ValueError(f"the embedding of {side} {start + wrong.min()} is not finite")
+                    raise UserError(f"the embedding of {side} {start + wrong.min()} is not finite")
                 block_MD[batch] = batch_BD
                 done += len(batch)
                 if progress is not None:

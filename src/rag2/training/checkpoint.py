@@ -33,6 +33,7 @@ def save(
     directory = folder / f"step-{step:06d}"
     files = {name: sharding.whole(_tensors(module)) for name, module in modules.items()}
     tensors, scalars = _optimizer_state(optimizer)
+    tensors |= _random_state()
     if distributed.rank() != 0:
         return directory
     artifact.sweep(folder)
@@ -43,12 +44,10 @@ def save(
     ) as staging:
         for name, rows in files.items():
             save_file(rows, staging / f"{name}.safetensors")
-        save_file(
-            {**tensors, "rng/torch": torch.get_rng_state()}, staging / "optimizer.safetensors"
-        )
+        save_file(tensors, staging / "optimizer.safetensors")
         state = {"step": step, "optimizer": scalars, "extra": extra}
         (staging / "state.json").write_text(json.dumps(state), encoding="utf-8")
-    for old in sorted(folder.glob("step-*"))[:-keep]:
+    for old in _in_order(folder)[:-keep]:
         shutil.rmtree(old)
     return directory
 
@@ -63,14 +62,14 @@ def load(out: Path, modules: dict[str, nn.Module], optimizer: Optimizer) -> dict
     for name, module in modules.items():
         _restore(module, load_file(directory / f"{name}.safetensors"), directory / name)
     tensors = load_file(directory / "optimizer.safetensors")
-    torch.set_rng_state(tensors.pop("rng/torch"))
+    _restore_random_state({key: tensors.pop(key) for key in list(tensors) if key in RANDOM})
     _restore_optimizer(optimizer, tensors, state["optimizer"])
     return state
 
 
 def retained(out: Path) -> list[dict[str, Any]]:
     """What the run stored beside its weights in each checkpoint that is still there."""
-    paths = sorted((out / "checkpoints").glob("step-*/state.json"))
+    paths = (folder / "state.json" for folder in _in_order(out / "checkpoints"))
     return [json.loads(path.read_text(encoding="utf-8"))["extra"] for path in paths]
 
 
@@ -79,6 +78,30 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+
+
+def _in_order(folder: Path) -> list[Path]:
+    """Checkpoints by their step, which may have more digits than the name has room for."""
+    return sorted(folder.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
+
+
+RANDOM = ("rng/torch", "rng/cuda")
+
+
+def _random_state() -> dict[str, torch.Tensor]:
+    """The state [world, bytes] of each process's generators; all processes call it."""
+    state = {"rng/torch": distributed.each(torch.get_rng_state()).cpu()}
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        state["rng/cuda"] = distributed.each(torch.cuda.get_rng_state()).cpu()
+    return state
+
+
+def _restore_random_state(state: dict[str, torch.Tensor]) -> None:
+    """This process's own; where there are more processes than before, those take turns."""
+    own = {key: rows[distributed.rank() % len(rows)].clone() for key, rows in state.items()}
+    torch.set_rng_state(own["rng/torch"])
+    if "rng/cuda" in own and torch.cuda.is_available():
+        torch.cuda.set_rng_state(own["rng/cuda"])
 
 
 def _tensors(module: nn.Module) -> dict[str, torch.Tensor]:

@@ -74,23 +74,32 @@ def gathered(mine: Tensor) -> Tensor:
 
     `mine` has equally many rows [B / world, ...] in every process; returns [B, ...].
     """
+    return rearrange(each(mine), "w b ... -> (b w) ...")
+
+
+def each(mine: Tensor) -> Tensor:
+    """What each process has, [world, ...] of equal shapes, in the order of their numbers."""
     if world() == 1:
-        return mine
+        return rearrange(mine, "... -> 1 ...")
     mine = mine.to(_where()).contiguous()
     shares = [torch.empty_like(mine) for _ in range(world())]
     dist.all_gather(shares, mine)
-    return rearrange(torch.stack(shares), "w b ... -> (b w) ...")
+    return torch.stack(shares)
 
 
 def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
     """Replace each gradient by its mean over all processes; a missing one counts as zero.
 
-    FSDP2 has left those of weights in pieces averaged.
+    A weight that has none in any process keeps none: AdamW would let it decay. FSDP2 has left
+    those of weights in pieces averaged.
     """
     if world() == 1:
         return
-    for parameter in parameters:
-        if isinstance(parameter, DTensor):
+    own = [parameter for parameter in parameters if not isinstance(parameter, DTensor)]
+    felt_P = torch.tensor([p.grad is not None for p in own], dtype=torch.uint8, device=_where())
+    dist.all_reduce(felt_P, op=dist.ReduceOp.MAX)
+    for parameter, felt in zip(own, felt_P.tolist(), strict=True):
+        if not felt:
             continue
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)

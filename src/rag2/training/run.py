@@ -16,8 +16,10 @@ from rag2.training import checkpoint, distributed, optim, sharding, track
 from rag2.training.log import NoLog, RunLog
 from rag2.training.optim import Optimizer
 
-# Keys that may differ between a run and its continuation.
-FREE = ("steps", "resume", "jobs", "log_with")
+# Keys that may differ between a run and its continuation: they do not change what it computes.
+FREE = ("steps", "resume", "jobs", "log_with") + tuple(
+    f"refresh.{key}" for key in ("patience", "retries", "nice", "duty", "cpus")
+)
 
 
 class Settings(Protocol):
@@ -28,10 +30,13 @@ class Settings(Protocol):
     @property
     def resume(self) -> bool: ...
     @property
+    def steps(self) -> int: ...
+    @property
     def log_with(self) -> list[str]: ...
 
 
-MADE = ("checkpoints", "generations", "snapshots", "final")
+UNDER_WAY = ("checkpoints", "generations", "snapshots")
+MADE = (*UNDER_WAY, "final")
 
 
 class Run:
@@ -41,7 +46,8 @@ class Run:
         """Start or continue the run.
 
         Raises UserError when it was begun with another config, when `out` holds what this run did
-        not make, when another process is writing to it, and when a tracker cannot start.
+        not make, when it is further than cfg.steps, when another process is writing to it, and
+        when a tracker cannot start.
         """
         track.check_installed(cfg.log_with)
         self.out = Path(cfg.out)
@@ -56,6 +62,8 @@ class Run:
             )
         state = checkpoint.load(self.out, modules, optimizer) if cfg.resume else None
         self.start: int = state["step"] if state else 0
+        if self.start > cfg.steps:
+            raise UserError(f"{self.out} is at step {self.start}: steps={cfg.steps} is behind it")
         self.extra: dict[str, Any] = state["extra"] if state else {}
         distributed.barrier()  # every process has read what the first one may now replace
         self.log: RunLog | track.TrackedLog | NoLog = NoLog()
@@ -63,8 +71,10 @@ class Run:
             self.log = log = RunLog(self.out, self.start)
             if cfg.log_with:
                 self.log = track.TrackedLog(log, cfg, self.out, self.start)
-            if state is None:  # from step 0: what was left before the first checkpoint goes
-                for name in MADE:
+            # From step 0: what was left before the first checkpoint goes, but for a result, which
+            # stays until this run has one of its own.
+            if state is None:
+                for name in UNDER_WAY:
                     shutil.rmtree(self.out / name, ignore_errors=True)
             artifact.replace(saved, config.dump(cfg))
 
@@ -109,11 +119,20 @@ class Run:
 
 def _refuse_changes(cfg: config.Config, saved: Path) -> None:
     """Raise UserError if the run in `saved` was begun with other settings than `cfg`."""
-    old = config.load(type(cfg), str(saved)).model_dump(mode="json")
-    new = cfg.model_dump(mode="json")
-    for key in old:
-        if key not in FREE and old[key] != new[key]:
+    old = _flat(config.load(type(cfg), str(saved)).model_dump(mode="json"))
+    new = _flat(cfg.model_dump(mode="json"))
+    for key in {**old, **new}:
+        if key not in FREE and old.get(key) != new.get(key):
             raise UserError(
-                f"{saved.parent} was begun with {key}={old[key]!r}, not {new[key]!r}; "
+                f"{saved.parent} was begun with {key}={old.get(key)!r}, not {new.get(key)!r}; "
                 "resume with the same settings or choose another out="
             )
+
+
+def _flat(settings: dict[str, Any], within: str = "") -> dict[str, Any]:
+    """Settings by the keys of the command line: {"refresh.every": 40, ...}."""
+    rows: dict[str, Any] = {}
+    for key, value in settings.items():
+        name = f"{within}{key}"
+        rows |= _flat(value, f"{name}.") if isinstance(value, dict) else {name: value}
+    return rows

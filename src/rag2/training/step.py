@@ -94,7 +94,7 @@ class TwoPass(Config):
         logp_RT, mask_RT, states = self._first_pass(rag, pairs, pieces)
 
         scores_BK, crowding_B = rag.scores(questions, chunks_BK)
-        logp_RT.requires_grad_(True)
+        logp_RT.requires_grad_(True)  # a loss may not use it: pdist without a reader
         shape = {"s": len(subsets)}
         loss_B, posterior_BK = loss(
             scores_BK,
@@ -102,7 +102,8 @@ class TwoPass(Config):
             rearrange(mask_RT, "(b s) t -> b s t", **shape),
         )
         loss_B = loss_B + crowding_B if in_batch else loss_B
-        loss_B.mean().backward()
+        if loss_B.requires_grad:
+            loss_B.mean().backward()
         grad_RT = logp_RT.grad
         kept = 1.0
         if grad_RT is not None and any(p.requires_grad for p in rag.generator.parameters()):

@@ -4,6 +4,10 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from rag2.config import Config
+from rag2.registry import UserError
+from rag2.reindex.collapse import Guard
+from rag2.reindex.policy import AdaptiveRefresh
 from rag2.retrieval import gold_chunks, recall
 from rag2.retriever.embed import embed_corpus
 from rag2.retriever.encoder import DualEncoder
@@ -20,6 +24,16 @@ class Watch:
         self.questions = [q for q in questions if q.split == "validation" and gold[q.id]]
         self.gold = [gold[question.id] for question in self.questions]
         self.depth = min(5, len(chunks))
+
+    def needed_by(self, refresh: Config, guard: Guard) -> None:
+        """Raise UserError where there are no such questions and something goes by them."""
+        adaptive = isinstance(refresh, AdaptiveRefresh)
+        if not self.questions and (adaptive or guard.action != "warn"):
+            what = "refresh.name=adaptive" if adaptive else f"guard.action={guard.action}"
+            raise UserError(
+                f"{what} goes by validation questions that name `evidence` or a `gold_chunk` of "
+                "this knowledge base; there are none"
+            )
 
     def recall_at_5(self, encoder: DualEncoder, search: Search) -> float:
         """Share of the questions, at least one, with a gold chunk among the five nearest."""

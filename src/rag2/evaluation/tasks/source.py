@@ -64,6 +64,8 @@ def json_file(path: Path) -> Any:
     """The value in a JSON file; raises UserError, one line, for anything else."""
     try:
         return json.loads(existing(path).read_bytes().decode("utf-8-sig"))
+    except UserError:  # a ValueError, too
+        raise
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 (byte {error.start + 1})") from None
     except json.JSONDecodeError as error:

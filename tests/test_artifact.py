@@ -13,6 +13,7 @@ import pytest
 from committed import commit, fill, names
 from rag2 import artifact
 from rag2.artifact import committing, follow, sweep, verify
+from rag2.reindex.journal import Journal
 
 SRC = Path(artifact.__file__).parents[1]
 pytestmark = pytest.mark.usefixtures("seed")
@@ -149,6 +150,17 @@ def recorded(monkeypatch: pytest.MonkeyPatch):
         for name, fake in {"fsync": fsync, "rename": rename, "replace": replace}.items():
             patch.setattr(os, name, fake)
         yield events
+
+
+def test_a_swap_is_durable_in_its_file_and_folder_before_it_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    journal = Journal(tmp_path / "swaps.jsonl", keep=True, resumed=False)
+    with recorded(monkeypatch) as events:
+        journal.add(1, 5)
+        journal.add(2, 9)
+    file = ("fsync", "swaps.jsonl")
+    assert events == [file, ("fsync", tmp_path.name), file]
 
 
 def misordered(events: list[tuple[str, str]], files: list[str], parent: str) -> list[str]:

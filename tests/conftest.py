@@ -12,17 +12,21 @@ import numpy as np
 import pytest
 import torch
 
+from joint_gradients import Batch
 from rag2 import config, pipeline
+from rag2.evaluation.questions import load_questions, split
 from rag2.generator.load import Generator, build_llama
+from rag2.generator.prompt import Prompt
 from rag2.index.flat import Flat
 from rag2.kb.chunk import TokenChunker
 from rag2.kb.store import KnowledgeBase
+from rag2.rag import Rag
 from rag2.reindex.store import Store
 from rag2.retriever.encoder import DualEncoder, EncoderConfig
 from rag2.types import Chunk
 from rag2.worlds.almanac import Almanac
 from refreshes import Inline
-from small_world import SHAPE, tokenizer_of
+from small_world import SHAPE, roughen, tokenizer_of
 from texts import byte_level, word_pieces
 
 VOCABULARY = 400
@@ -124,6 +128,29 @@ def tokenizer(home: Path):
 def generator(tokenizer) -> Generator:
     """A small Llama with random weights."""
     return build_llama(tokenizer, **SHAPE, max_positions=512)
+
+
+@pytest.fixture
+def rag(tokenizer, generator: Generator) -> Rag:
+    """Two towers and a Llama, all random, with posteriors that differ from chunk to chunk."""
+    encoder = DualEncoder.build(EncoderConfig(towers="two", **SHAPE), tokenizer)
+    for model in (encoder.towers, generator.model):
+        roughen(model, 0.1)
+    return Rag(encoder, generator, Prompt()).train()
+
+
+@pytest.fixture
+def batch(home: Path, chunks: list[Chunk], seed: int) -> Batch:
+    """Three questions with four chunks each; they share the first chunk."""
+    questions = split(load_questions(home / "data" / "questions.jsonl"), "train")
+    picked = torch.randperm(len(questions))[:3].tolist()
+    rows = torch.randperm(len(chunks))[:10].tolist()
+    groups = [[rows[0], *rows[1 + 3 * b : 4 + 3 * b]] for b in range(3)]
+    return (
+        [questions[i].question for i in picked],
+        [questions[i].gold for i in picked],
+        [[chunks[i] for i in group] for group in groups],
+    )
 
 
 @pytest.fixture(scope="session")

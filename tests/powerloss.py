@@ -67,8 +67,8 @@ def main() -> None:
 class Settings(config.Config):
     """Of the run."""
 
-    steps: int = 100
     out: str
+    steps: int = 100
     resume: bool = False
     log_with: list[str] = []
 

@@ -287,6 +287,7 @@ def test_a_refresh_under_way_is_taken_up_from_its_snapshot(
         assert len(inline.launched) == (0 if complete else 1)
         kept = sorted(path.name for path in (tmp_path / "generations").glob("0*"))
         assert kept == ["000000", "000001"]  # nothing of what came after the checkpoint
+        assert (tmp_path / "generations" / "current").read_text() == "000000\n"
         assert swaps(again, encoder, range(5, 7)) == [(6, 1)]
         assert same(again.generation, expected)
 

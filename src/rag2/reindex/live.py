@@ -75,6 +75,7 @@ class LiveIndex:
         self.number = state["generation"] if state else 0
         self._swapped = state["swapped"] if state else -1
         self.generation = self._again() if state else self._first()
+        store.publish(self.number)  # a run that goes on may have left a later one's name
         share = policy.share if isinstance(policy, SyncRefresh | Background) else 1.0
         self._demand = Demand(share, self.generation.ids_N, state.get("demand") if state else None)
         if state and state.get("pending"):
@@ -182,7 +183,6 @@ class LiveIndex:
     def _first(self) -> Generation:
         made = self._store.build(0, 0)
         self._check(made)
-        self._store.publish(0)
         return made
 
     def _again(self) -> Generation:

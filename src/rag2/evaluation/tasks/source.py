@@ -62,10 +62,9 @@ def by_hash(group: str, shares: Mapping[str, int] = SHARES) -> str:
 
 def json_file(path: Path) -> Any:
     """The value in a JSON file; raises UserError, one line, for anything else."""
+    data = existing(path).read_bytes()
     try:
-        return json.loads(existing(path).read_bytes().decode("utf-8-sig"))
-    except UserError:  # a ValueError, too
-        raise
+        return json.loads(data.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 (byte {error.start + 1})") from None
     except json.JSONDecodeError as error:

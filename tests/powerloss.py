@@ -82,7 +82,7 @@ class Writer:
         self.half = nn.Linear(4, 3)
         self.half(torch.ones(4)).sum().backward()
         optimizer = torch.optim.AdamW(self.half.parameters())
-        self.run = Run(Settings(out=str(out), resume=True), {"half": self.half}, optimizer)
+        self.run = Run(Settings(out=str(out), resume=True), {"half": self.half}, optimizer, [])
         self.store = Store(self.run.out, CHUNKS, ENCODER, Flat(), kb_version=1, kb_hash="h")
 
     def round(self, told: Callable[[str, int], None]) -> None:

@@ -23,6 +23,9 @@ pytestmark = pytest.mark.usefixtures("seed")
 # --- checkpoints ----------------------------------------------------------------------------------
 
 
+DATA = ("a row", "another")
+
+
 def fresh() -> tuple[dict[str, nn.Module], torch.optim.Optimizer]:
     module = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5), nn.Linear(4, 4))
     module[2].weight = module[0].weight  # tied
@@ -163,50 +166,61 @@ def test_the_peak_memory_of_a_run_is_its_own_and_not_that_of_what_started_it(tmp
 
 def test_a_run_continues_with_the_same_settings_but_for_the_number_of_steps(tmp_path: Path):
     out = str(tmp_path / "a")
-    run = Run(Settings(out=out), *fresh())
+    run = Run(Settings(out=out), *fresh(), DATA)
     run.checkpoint(4, top=0.5)
     run.log.close()
-    again = Run(Settings(out=out, steps=20, resume=True), *fresh())
+    again = Run(Settings(out=out, steps=20, resume=True), *fresh(), DATA)
     assert (again.start, again.extra) == (4, {"top": 0.5})
     again.log.close()
     with pytest.raises(UserError, match="begun with lr=0.1, not 0.2") as caught:
-        Run(Settings(out=out, lr=0.2, resume=True), *fresh())
+        Run(Settings(out=out, lr=0.2, resume=True), *fresh(), DATA)
     assert "\n" not in str(caught.value)
     assert config.load(Settings, f"{out}/config.yaml").lr == 0.1  # the refusal changed nothing
 
 
+def test_a_run_does_not_go_on_with_other_data(tmp_path: Path):
+    settings = Settings(out=str(tmp_path / "a"), resume=True)
+    run = Run(settings, *fresh(), DATA)
+    run.checkpoint(4)
+    run.log.close()
+    for other in (DATA[:1], [*DATA, "more"], DATA[::-1], [DATA[0], "other"], []):
+        with pytest.raises(UserError, match="that it learns from have changed since it began"):
+            Run(settings, *fresh(), other)
+    Run(settings, *fresh(), list(DATA)).log.close()
+
+
 def test_without_a_checkpoint_resume_starts_at_zero(tmp_path: Path):
-    run = Run(Settings(out=str(tmp_path / "a"), resume=True), *fresh())
+    run = Run(Settings(out=str(tmp_path / "a"), resume=True), *fresh(), DATA)
     assert (run.start, run.extra) == (0, {})
     run.log.close()
 
 
 def test_what_another_run_left_is_refused_and_kept(tmp_path: Path):
     out = tmp_path / "a"
-    run = Run(Settings(out=str(out)), *fresh())
+    run = Run(Settings(out=str(out)), *fresh(), DATA)
     run.log.write(step=0)
     run.checkpoint(1)
     run.log.close()
     kept = sorted(out.rglob("*"))
     with pytest.raises(UserError, match="holds checkpoints of another run; resume=true"):
-        Run(Settings(out=str(out)), *fresh())
+        Run(Settings(out=str(out)), *fresh(), DATA)
     assert sorted(out.rglob("*")) == kept
     assert (out / "log.jsonl").read_text().startswith('{"step": 0, ')
     mine = tmp_path / "mine"
     (mine / "final").mkdir(parents=True)
     for resume in (False, True):
         with pytest.raises(UserError, match="holds final of another run"):
-            Run(Settings(out=str(mine), resume=resume), *fresh())
+            Run(Settings(out=str(mine), resume=resume), *fresh(), DATA)
     assert (mine / "final").exists()
 
 
 def test_two_runs_do_not_share_a_directory(tmp_path: Path):
     settings = Settings(out=str(tmp_path / "a"), resume=True)
-    run = Run(settings, *fresh())
+    run = Run(settings, *fresh(), DATA)
     with pytest.raises(UserError, match="another process is training there"):
-        Run(settings, *fresh())
+        Run(settings, *fresh(), DATA)
     run.log.close()
-    Run(settings, *fresh()).log.close()
+    Run(settings, *fresh(), DATA).log.close()
 
 
 # --- optimizer ------------------------------------------------------------------------------------
@@ -237,7 +251,7 @@ def test_matrices_decay_and_vectors_do_not_and_every_weight_is_in_one_group():
 def test_weights_that_the_last_update_broke_are_never_committed(tmp_path: Path, value: float):
     module = nn.Linear(2, 2)
     optimizer = optim.adamw({"net": (module.parameters(), 0.1)}, 0.0, (0.9, 0.99))
-    run = Run(Settings(out=str(tmp_path)), {"net": module}, optimizer)
+    run = Run(Settings(out=str(tmp_path)), {"net": module}, optimizer, DATA)
     with torch.no_grad():
         module.bias[1] = value
     with pytest.raises(optim.NonFiniteError, match=r"net\.bias is not finite after 7 steps"):

@@ -75,10 +75,11 @@ def main(cfg: FinetuneConfig) -> dict[str, float]:
         generator.model.gradient_checkpointing_enable()
     generator = Generator(cfg.tuning.apply(generator.model), generator.tokenizer)
     generator.model.train()
-    batch_loss = cfg.objective.prepare(read_data(cfg), generator, cfg.batch_size, cfg.seed)
+    data = read_data(cfg)
+    batch_loss = cfg.objective.prepare(data, generator, cfg.batch_size, cfg.seed)
     weights = optim.trainable([generator.model])
     optimizer = optim.adamw({"generator": (weights, cfg.lr)}, cfg.weight_decay, cfg.betas)
-    run = Run(cfg, {"generator": generator.model}, optimizer)
+    run = Run(cfg, {"generator": generator.model}, optimizer, data)
     loss, clock = float("nan"), Clock()
     with (
         Stop() as stop,

@@ -124,7 +124,8 @@ def main(cfg: JointConfig) -> dict[str, float]:
     rag, halves = load(cfg, device)
     weights = [p for parameters, _ in halves.values() for p in parameters]
     optimizer = optim.adamw(halves, cfg.weight_decay, cfg.betas)
-    run = Run(cfg, {"retriever": rag.retriever, "generator": rag.generator}, optimizer)
+    modules = {"retriever": rag.retriever, "generator": rag.generator}
+    run = Run(cfg, modules, optimizer, [q for q in everything if q.split != "test"])
     first_rank = distributed.rank() == 0
     telemetry = Telemetry(rag.retriever, watch, cfg.staleness, cfg.guard, run.extra)
     store = Store(run.out, chunks, rag.retriever, cfg.index, kb_version, kb_hash, first_rank)
@@ -136,9 +137,12 @@ def main(cfg: JointConfig) -> dict[str, float]:
         progress("joint", cfg.steps, run.start) as advance,
         LiveIndex(
             *(store, cfg.refresh, run.extra),
-            *(distributed.barrier, telemetry.watchdog.check, distributed.gathered),
+            *(telemetry.watchdog.check, lambda: stop.heard),
+            *(distributed.largest, distributed.gathered),
         ) as index,
     ):
+        index.poll(run.start - 1)  # a run that was stopped may have waited for this
+        stop.obey(run, run.start)
         for step in range(run.start, cfg.steps):
             rows_B = batches.sample(len(questions), cfg.batch_size, cfg.seed, step)
             rows_B = rows_B[distributed.rank() :: distributed.world()]

@@ -98,7 +98,7 @@ def main(cfg: PretrainConfig) -> dict[str, float]:
     base.model.train()
     weights = optim.trainable([base.model])
     optimizer = optim.muon(base.model, cfg.lr_hidden, cfg.lr, cfg.weight_decay, cfg.betas)
-    run = Run(cfg, {"generator": base.model}, optimizer)
+    run = Run(cfg, {"generator": base.model}, optimizer, rows)
     loss = float("nan")
     with (
         Stop() as stop,

@@ -99,7 +99,8 @@ def main(cfg: RetrieverConfig) -> dict[str, float]:
     weights = optim.trainable([encoder])
     optimizer = optim.adamw({"retriever": (weights, cfg.lr)}, cfg.weight_decay, cfg.betas)
     best = copy.deepcopy(encoder)  # a module, so that checkpoints hold it too
-    run = Run(cfg, {"retriever": encoder, "best": best}, optimizer)
+    data = [*chunks, *train, *watch.questions]
+    run = Run(cfg, {"retriever": encoder, "best": best}, optimizer, data)
     top, waited = run.extra.get("top", -1.0), run.extra.get("waited", 0)
     with (
         Stop() as stop,

@@ -1,5 +1,6 @@
 """Weights that move, generations that are compared, and a worker without a process."""
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -53,5 +54,8 @@ class Inline:
         self.looks -= 1
         return self.looks < 0
 
-    def wait(self) -> None: ...
+    def wait(self, seconds: float = math.inf) -> bool:
+        """As soon as it is asked to wait without end; else one look."""
+        return seconds == math.inf or self.finished()
+
     def kill(self) -> None: ...

@@ -28,6 +28,9 @@ from rag2.reindex.store import Store
 
 logger = logging.getLogger(__name__)
 
+WAIT, STOP, MADE = range(3)  # how it stands with a generation that training waits for
+LOOK = 1.0  # seconds between two looks at that
+
 
 class Policy(Protocol):
     """When to re-encode the corpus."""
@@ -54,19 +57,21 @@ class LiveIndex:
         store: Store,
         policy: Policy,
         state: Mapping[str, Any] | None = None,
-        barrier: Callable[[], None] = lambda: None,
         check: Callable[[Generation], None] = lambda generation: None,
+        stopping: Callable[[], bool] = lambda: False,
+        largest: Callable[[int], int] = lambda value: value,
         gathered: Callable[[Tensor], Tensor] = lambda rows: rows,
     ) -> None:
         """At the first generation, or where `state` of a checkpoint says.
 
-        A refresh that was under way there is taken up again, from its snapshot. `barrier` waits for
-        the other processes of a training group, `gathered` puts their rows together; only that
-        whose store keeps starts workers. `check` sees every generation before it is searched, and
-        may raise.
+        A refresh that was under way there is taken up again, from its snapshot. `check` sees every
+        generation before it is searched, and may raise; `stopping` tells whether to wait no longer
+        for one. `largest` and `gathered` put the values and rows of the processes of a training
+        group together; only that whose store keeps starts workers.
         """
         self._store, self._policy = store, policy
-        self._barrier, self._check, self._gathered = barrier, check, gathered
+        self._check, self._stopping = check, stopping
+        self._largest, self._gathered = largest, gathered
         self._pending: Pending | None = None
         self._made: Generation | None = None
         self._worker: Worker | None = None
@@ -131,13 +136,15 @@ class LiveIndex:
     def poll(self, step: int) -> bool:
         """Swap in the pending generation if this is its step; True when the index changed.
 
-        Raises UserError when the worker failed more often than the policy allows.
+        Training that is asked to stop while it waits here does so without the swap, which is for
+        the run that goes on to make up for. Raises UserError when the worker failed more often than
+        the policy allows.
         """
         if self._pending is None:
             return False
         began = time.monotonic()
-        if swap := self._time_to_swap(step):
-            made = self._made or self._collect()
+        made = (self._made or self._collect()) if self._time_to_swap(step) else None
+        if made is not None:
             self._check(made)
             self.generation = made
             self.number, self._swapped = self._pending.number, step
@@ -146,7 +153,7 @@ class LiveIndex:
             self._failures = 0
             self._published = time.monotonic()
         self._stalled += time.monotonic() - began
-        return swap
+        return made is not None
 
     def age(self, step: int) -> tuple[int, float]:
         """Optimizer steps since the generation's weights were taken, and seconds since its swap."""
@@ -220,20 +227,31 @@ class LiveIndex:
             self._try_again(failure)
             return False
 
-    def _collect(self) -> Generation:
-        """Wait for the worker and load what it committed: whole, of all chunks, of this encoder."""
-        made = None
-        while self._store.keep and made is None:
-            try:
-                if self._worker is not None:
-                    self._worker.wait()
-                made = self._checked()
-            except (WorkerFailed, UserError) as failure:
-                self._try_again(failure)
-        self._barrier()
-        return made or self._checked()
+    def _collect(self) -> Generation | None:
+        """Wait for the worker and load what it committed; None if asked to stop before.
+
+        The processes of a group tell each other again and again how it stands: one that waits in
+        silence for longer than the group's timeout counts as dead.
+        """
+        while True:
+            made = self._attempt() if self._store.keep else None
+            told = self._largest(MADE if made else STOP if self._stopping() else WAIT)
+            if told == MADE:
+                return made or self._checked()
+            if told == STOP:
+                return None
+
+    def _attempt(self) -> Generation | None:
+        try:
+            if self._worker is not None and not self._worker.wait(LOOK):
+                return None
+            return self._checked()
+        except (WorkerFailed, UserError) as failure:
+            self._try_again(failure)
+            return None
 
     def _checked(self) -> Generation:
+        """What the worker committed, read back: whole, of all chunks, of this encoder."""
         assert self._pending is not None
         made = self._store.load(self._pending.number, self._pending.fingerprint)
         if len(made) != len(self._store.chunks):

@@ -1,5 +1,6 @@
 """A worker process seen from training: alive, dead, silent or done."""
 
+import math
 import os
 import re
 import subprocess
@@ -57,10 +58,12 @@ class Worker:
             raise WorkerFailed(f"no sign of life for {silent:.0f} s after {self._told()}")
         return False
 
-    def wait(self) -> None:
-        """Until it is done; raises as `finished` does."""
-        while not self.finished():
+    def wait(self, seconds: float = math.inf) -> bool:
+        """Until it is done, or so long: whether it is done; raises as `finished` does."""
+        until = time.monotonic() + seconds
+        while not (done := self.finished()) and time.monotonic() < until:
             time.sleep(POLL)
+        return done
 
     def kill(self) -> None:
         """End the process, however it is, and close what leads to it."""

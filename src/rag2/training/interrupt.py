@@ -17,7 +17,8 @@ class Stop:
     """
 
     def __init__(self) -> None:
-        self._asked = False
+        self.heard = False
+        """whether this process was asked to stop"""
         self._before: Any = None
 
     def __enter__(self) -> "Stop":
@@ -31,7 +32,7 @@ class Stop:
 
     def asked(self) -> bool:
         """Whether any process of the group was asked to stop: all of them leave at one step."""
-        return distributed.any_of(self._asked)
+        return distributed.any_of(self.heard)
 
     def obey(self, run: Run, step: int) -> None:
         """End the process with status 0, if it was asked to: call it once `step` is committed."""
@@ -41,5 +42,5 @@ class Stop:
             raise SystemExit(0)
 
     def _ask(self, signum: int, frame: FrameType | None) -> None:
-        self._asked = True
+        self.heard = True
         signal.signal(signal.SIGTERM, self._before or signal.SIG_DFL)

@@ -1,7 +1,9 @@
 """A run directory from its first file to its last: config.yaml, log.jsonl, checkpoints/, final/."""
 
+import hashlib
 import json
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -42,12 +44,14 @@ MADE = (*UNDER_WAY, "final")
 class Run:
     """Opens `cfg.out`, restores what is there if `cfg.resume`, and commits what is asked for."""
 
-    def __init__(self, cfg: Any, modules: dict[str, nn.Module], optimizer: Optimizer) -> None:
-        """Start or continue the run.
+    def __init__(
+        self, cfg: Any, modules: dict[str, nn.Module], optimizer: Optimizer, data: Iterable[Any]
+    ) -> None:
+        """Start or continue the run, which learns from `data`, told apart by what its repr is.
 
-        Raises UserError when it was begun with another config, when `out` holds what this run did
-        not make, when it is further than cfg.steps, when another process is writing to it, and
-        when a tracker cannot start.
+        Raises UserError when it was begun with another config or other data, when `out` holds what
+        this run did not make, when it is further than cfg.steps, when another process is writing to
+        it, and when a tracker cannot start.
         """
         track.check_installed(cfg.log_with)
         self.out = Path(cfg.out)
@@ -65,6 +69,12 @@ class Run:
         if self.start > cfg.steps:
             raise UserError(f"{self.out} is at step {self.start}: steps={cfg.steps} is behind it")
         self.extra: dict[str, Any] = state["extra"] if state else {}
+        self.data = _digest(data)
+        if state and self.extra.pop("data") != self.data:
+            raise UserError(
+                f"{self.out}: the questions, texts or chunks that it learns from have changed "
+                "since it began; resume with the same or choose another out="
+            )
         distributed.barrier()  # every process has read what the first one may now replace
         self.log: RunLog | track.TrackedLog | NoLog = NoLog()
         if distributed.rank() == 0:
@@ -85,6 +95,7 @@ class Run:
         """
         optim.check_finite(self.modules, step)
         self.log.sync()
+        extra["data"] = self.data
         checkpoint.save(self.out, step, self.modules, self.optimizer, extra)
 
     def finish(
@@ -115,6 +126,14 @@ class Run:
                 text = json.dumps(prompt.model_dump(mode="json"), indent=2)
                 (staging / "prompt.json").write_text(text, encoding="utf-8")
         self.log.close()
+
+
+def _digest(rows: Iterable[Any]) -> str:
+    """SHA-256 of the rows in their order."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(repr(row).encode("utf-8", "surrogatepass") + b"\n")
+    return digest.hexdigest()
 
 
 def _refuse_changes(cfg: config.Config, saved: Path) -> None:

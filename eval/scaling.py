@@ -200,9 +200,11 @@ def projected(cfg: ScalingConfig, results: dict) -> list[dict]:
     for count in cfg.corpora:
         for name, backend in backends().items():
             size = footprint(backend, count, cfg.shapes[-1].hidden)
-            generation = size.total + count * (ROW + cfg.text_bytes)
+            texts = count * (ROW + cfg.text_bytes)
+            generation = size.total + texts
             refresh = budget.Refresh(
                 encode=count / rate,
+                read=texts / results["disk"]["read_per_second"],
                 build=budget.Line(*lines[name]).seconds(work(backend, count)),
                 commit=generation / results["disk"]["commit_per_second"],
                 swap=generation / results["disk"]["read_per_second"],

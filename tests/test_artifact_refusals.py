@@ -106,6 +106,22 @@ def test_every_byte_of_a_manifest_is_covered(tmp_path: Path):
     verify(tmp_path / "a")
 
 
+def test_of_one_file_the_bytes_and_of_the_others_the_sizes_are_checked(tmp_path: Path):
+    directory = commit(tmp_path / "a")
+    mine, other = directory / "state.json", directory / "weights.safetensors"
+    kept = mine.read_bytes()
+    for path in (mine, other):
+        data = path.read_bytes()
+        path.write_bytes(bytes([data[0] ^ 1]) + data[1:])
+    with pytest.raises(ArtifactError, match="bytes of file 'state.json' have changed"):
+        verify(directory, only=mine.name)
+    mine.write_bytes(kept)
+    assert verify(directory, only=mine.name)["meta"] == {"step": 3}
+    other.write_bytes(b"")
+    with pytest.raises(ArtifactError, match=r"'weights\.safetensors' has 0 bytes instead of"):
+        verify(directory, only=mine.name)
+
+
 def test_another_kind_is_refused(tmp_path: Path):
     with pytest.raises(ArtifactError, match="is a 'checkpoint' artifact, not a 'generation'"):
         verify(commit(tmp_path / "a"), kind="generation")

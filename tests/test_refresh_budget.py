@@ -81,18 +81,19 @@ def test_no_background_refresh_keeps_an_index_younger_than_two_steps():
 
 def test_as_many_devices_as_needed_keep_up_and_one_less_does_not(rng: np.random.Generator):
     for _ in range(200):
-        encode, build, commit, step = rng.uniform(1, [1e5, 50, 50, 3])
+        encode, read, build, commit, step = rng.uniform(1, [1e5, 40, 30, 30, 3])
         age = int(rng.integers(300, 2000))
         every, lag = budget.schedule(age)
-        refresh = Refresh(encode, build, commit, swap=0)
+        refresh = Refresh(encode, read, build, commit, swap=0)
         n = budget.devices_for(refresh, age, step)
         assert n and budget.lost_behind(refresh, every, lag, step, n) == 0
         assert n == 1 or budget.lost_behind(refresh, every, lag, step, n - 1) > 0
 
 
 def test_no_number_of_devices_makes_up_for_a_build_that_takes_too_long():
-    assert budget.devices_for(Refresh(1, build=40, commit=10, swap=0), age=100, step=1.0) is None
-    assert budget.devices_for(Refresh(1, build=39, commit=10, swap=0), age=100, step=1.0) == 1
+    slow, fast = (Refresh(1, read=5, build=b, commit=10, swap=0) for b in (35, 34))
+    assert budget.devices_for(slow, age=100, step=1.0) is None
+    assert budget.devices_for(fast, age=100, step=1.0) == 1
 
 
 @pytest.mark.parametrize(("worker", "age"), [(0.2, 2), (1.0, 2), (10.0, 20), (10.1, 22)])
@@ -124,7 +125,7 @@ def test_a_late_worker_costs_what_it_is_late_and_makes_nothing_older():
     assert ran.lost == pytest.approx(
         3.0 / (EVERY * STEP + 3.0), rel=0.03
     )  # the last is not swapped
-    refresh = Refresh(encode=worker, build=0, commit=0, swap=0)
+    refresh = Refresh(encode=worker, read=0, build=0, commit=0, swap=0)
     assert ran.stalled == pytest.approx(49 * 3.0)
     assert budget.lost_behind(refresh, EVERY, LAG, STEP) == 3.0 / (EVERY * STEP + 3.0)
     assert {*ran.settled} == {*range(LAG, LAG + EVERY)}
@@ -134,7 +135,7 @@ def test_training_that_waits_loses_the_share_of_the_formula():
     worker = 7.0
     ran = simulate(SyncRefresh(every=EVERY), [STEP] * (EVERY * 30), worker)
     assert ran.lost == pytest.approx(worker / (EVERY * STEP + worker))
-    refresh = Refresh(encode=5.0, build=1.5, commit=0.5, swap=99.0)  # it reads nothing back
+    refresh = Refresh(encode=5.0, read=9.0, build=1.5, commit=0.5, swap=99.0)  # nothing read back
     assert ran.lost == pytest.approx(budget.lost_waiting(refresh, EVERY, STEP))
     assert ran.ages == [*range(EVERY)] * 30 and budget.oldest(EVERY, 0) == EVERY - 1
 
@@ -191,8 +192,9 @@ class FakeWorker:
     def finished(self) -> bool:
         return self.clock.now >= self.ready
 
-    def wait(self) -> None:
-        self.clock.now = max(self.clock.now, self.ready)
+    def wait(self, seconds: float) -> bool:
+        self.clock.now = min(self.clock.now + seconds, max(self.clock.now, self.ready))
+        return self.finished()
 
     def kill(self) -> None: ...
 

@@ -67,7 +67,7 @@ def plans(results: dict[str, Any]) -> Table:
         "one refresh on one device; devices that keep the index at most so many steps old at "
         f"{settings['step_seconds']:g} s a step"
     )
-    parts = ("encode", "build", "commit", "swap")
+    parts = ("encode", "read", "build", "commit", "swap")
     return _table(
         title,
         ["chunks", "index", "GB", *parts, *(f"≤ {age}" for age in settings["ages"])],

@@ -44,6 +44,8 @@ class Refresh:
 
     encode: float
     """on one device"""
+    read: float
+    """verifying the texts that are to be encoded"""
     build: float
     commit: float
     """writing, hashing and syncing the generation"""
@@ -52,7 +54,12 @@ class Refresh:
 
     def worker(self, devices: int = 1) -> float:
         """W, seconds from the snapshot to the committed generation."""
-        return self.encode / devices + self.build + self.commit
+        return self.encode / devices + self.alone
+
+    @property
+    def alone(self) -> float:
+        """The part of W that more devices do not shorten."""
+        return self.read + self.build + self.commit
 
 
 def schedule(age: int) -> tuple[int, int]:
@@ -79,16 +86,17 @@ def least_age(worker: float, step: float) -> int:
 def devices_for(refresh: Refresh, age: int, step: float) -> int | None:
     """The fewest devices that keep the index at most `age` steps old and training from waiting.
 
-    n = encode / (lag * t - build - commit), rounded up; None if build and commit alone take longer.
+    n = encode / (lag * t - read - build - commit), rounded up; None if those three alone take
+    longer.
     """
-    left = schedule(age)[1] * step - refresh.build - refresh.commit
+    left = schedule(age)[1] * step - refresh.alone
     return max(1, math.ceil(refresh.encode / left)) if left > 0 else None
 
 
 def lost_waiting(refresh: Refresh, every: int, step: float, devices: int = 1) -> float:
     """Share of the time that training loses to a synchronous refresh every `every` steps."""
-    worker = refresh.worker(devices)
-    return worker / (every * step + worker)
+    stall = refresh.worker(devices) - refresh.read  # it has the texts in memory
+    return stall / (every * step + stall)
 
 
 def lost_behind(refresh: Refresh, every: int, lag: int, step: float, devices: int = 1) -> float:

@@ -79,7 +79,7 @@ def _corpus(generation: Path, rows: Path) -> tuple[pa.Table, build.Part | None]:
     if rows.exists():
         old = generations.Generation.load(generation)
         return old.chunks, build.Part(old, load_file(rows)["rows"])
-    artifact.verify(generation, kind=generations.KIND)
+    artifact.verify(generation, kind=generations.KIND, only=generations.FILE)
     return generations.table_in(generation), None
 
 

@@ -74,6 +74,10 @@ class Guard(Config):
     max_hub: float = Field(default=0.5, gt=0, le=1)
     """share of the questions that may find one and the same chunk first, or twice the share of the
     first generation"""
+    min_unique: float = Field(default=0.5, ge=0, le=1)
+    """distinct chunks among the found ones as a share of the first generation's"""
+    max_skewness: float = Field(default=8.0, ge=0)
+    """of how often chunks are found; or three times the first generation's"""
 
     def complaints(self, first: Health, now: Health) -> list[str]:
         """What is wrong, in words; empty for a healthy generation."""
@@ -85,6 +89,11 @@ class Guard(Config):
             found.append(f"mean cosine {now.mean_cosine:.2f}, at first {first.mean_cosine:.2f}")
         if now.top1_share > max(self.max_hub, 2 * first.top1_share):
             found.append(f"{now.top1_share:.0%} of the questions find one chunk first")
+        if now.unique_rate < self.min_unique * first.unique_rate:
+            rates = f"{now.unique_rate:.1%}, at first {first.unique_rate:.1%}"
+            found.append(f"different chunks among all found {rates}")
+        if now.skewness > max(self.max_skewness, 3 * first.skewness):
+            found.append(f"skewness of finds {now.skewness:.1f}, at first {first.skewness:.1f}")
         return found
 
 

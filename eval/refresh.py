@@ -18,7 +18,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, model_validator
 from rich.console import Console
 from rich.table import Table
 
@@ -43,7 +43,7 @@ class RefreshConfig(pipeline.Inputs):
     retriever: str | None = None
     chunks: PositiveInt = 50_000
     """of the corpus"""
-    steps: PositiveInt = 160
+    steps: int = Field(default=160, ge=2)
     every: int = Field(default=60, ge=2)
     """steps between two refreshes"""
     lag: PositiveInt = 30
@@ -51,6 +51,12 @@ class RefreshConfig(pipeline.Inputs):
     rounds: PositiveInt = 1
     """how often each way is run"""
     cores: tuple[int, int] = (0, 1)
+
+    @model_validator(mode="after")
+    def _one_at_a_time(self) -> "RefreshConfig":
+        if self.lag >= self.every:
+            raise ValueError(f"lag={self.lag} must be below every={self.every}: one at a time")
+        return self
 
 
 def main(cfg: RefreshConfig) -> dict[str, Any]:

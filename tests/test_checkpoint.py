@@ -1,16 +1,18 @@
 """What surrounds a training loop: checkpoints, the log, the optimizer."""
 
+import contextlib
 import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from rag2 import config
+from rag2 import artifact, config
 from rag2.registry import UserError
 from rag2.training import checkpoint, optim
 from rag2.training.log import RunLog, train_memory, train_seconds
@@ -87,6 +89,33 @@ def test_the_newest_checkpoints_are_those_of_the_largest_steps(tmp_path: Path):
     assert [extra["at"] for extra in checkpoint.retained(tmp_path)] == [999_999, 1_000_000]
     state = checkpoint.load(tmp_path, *fresh())
     assert state is not None and state["step"] == 1_000_000
+
+
+def test_what_a_kill_left_ahead_of_the_run_goes_before_the_next_checkpoint(tmp_path: Path):
+    folder = tmp_path / "checkpoints"
+
+    def kill(directory: Path, text: str) -> None:
+        raise KeyboardInterrupt
+
+    for step, killed in ((4, False), (8, False), (12, True), (10, True), (9, False)):
+        with pytest.MonkeyPatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+            if killed:  # between the rename and the pointer
+                patch.setattr(checkpoint.artifact, "replace", kill)
+            checkpoint.save(tmp_path, step, *fresh(), extra={"at": step})
+    assert sorted(path.name for path in folder.glob("step-*")) == ["step-000008", "step-000009"]
+    state = checkpoint.load(tmp_path, *fresh())
+    assert state is not None and state["step"] == 9
+
+
+def test_a_checkpoint_that_is_half_removed_names_nothing_that_must_stay(tmp_path: Path):
+    for step in (1, 2, 3):
+        checkpoint.save(tmp_path, step, *fresh(), extra={"at": step})
+    old = tmp_path / "checkpoints" / "step-000002"
+    (old / "state.json").unlink()
+    assert checkpoint.retained(tmp_path) == [{"at": 3}]
+    artifact.remove(old)
+    artifact.remove(old)  # what is gone may be removed again
+    assert not old.exists()
 
 
 def test_each_process_goes_on_with_random_numbers_of_its_own(
@@ -189,6 +218,23 @@ def test_a_run_does_not_go_on_with_other_data(tmp_path: Path):
     Run(settings, *fresh(), list(DATA)).log.close()
 
 
+def test_a_run_does_not_go_on_from_other_frozen_weights(tmp_path: Path):
+    def parts(seed: int) -> tuple[dict[str, nn.Module], torch.optim.Optimizer]:
+        torch.manual_seed(seed)
+        module = nn.Sequential(nn.Linear(4, 4, dtype=torch.bfloat16), nn.Linear(4, 4))
+        module[0].requires_grad_(False)
+        groups = {"a": (optim.trainable([module]), 0.1)}
+        return {"net": module}, optim.adamw(groups, 0.01, (0.9, 0.98))
+
+    settings = Settings(out=str(tmp_path / "a"), resume=True)
+    run = Run(settings, *parts(1), DATA)
+    run.checkpoint(4)
+    run.log.close()
+    with pytest.raises(UserError, match="weights that it builds on and leaves as they are have"):
+        Run(settings, *parts(2), DATA)
+    Run(settings, *parts(1), DATA).log.close()
+
+
 def test_without_a_checkpoint_resume_starts_at_zero(tmp_path: Path):
     run = Run(Settings(out=str(tmp_path / "a"), resume=True), *fresh(), DATA)
     assert (run.start, run.extra) == (0, {})
@@ -234,6 +280,10 @@ def test_the_learning_rate_warms_up_and_decays_to_its_floor():
         assert factors[4:] == sorted(factors[4:], reverse=True)
         assert factors[20] == pytest.approx(0.1) and factors[12] == pytest.approx(0.55)
     assert optim.Schedule(decay="constant", warmup=0).factor(19, 20) == 1.0
+    wrongs: tuple[dict[str, Any], ...] = ({"warmup": -1}, {"floor": -0.1}, {"floor": 1.1})
+    for wrong in wrongs:
+        with pytest.raises(ValueError, match="equal to"):
+            optim.Schedule(**wrong)
 
 
 def test_matrices_decay_and_vectors_do_not_and_every_weight_is_in_one_group():

@@ -190,6 +190,19 @@ def test_skipping_leaves_out_the_share_of_the_skipped_prompts_and_nothing_else(
     assert all(torch.equal(full[n], short[n]) for n in full if n.startswith("retriever"))
 
 
+@pytest.mark.parametrize(
+    ("loss", "kept"),
+    [(Marginal(), 1.0), (HardEM(), 1 / 4), (EMDR2(), 1 / 5), (PDist(), 1 / 5), (LOOP(), 1 / 5)],
+    ids=lambda value: getattr(value, "name", None),
+)
+def test_prompts_that_the_loss_does_not_feel_at_all_are_never_read_twice(
+    rag: Rag, batch: Batch, loss: JointLoss, kept: float
+):
+    questions, answers, chunks_BK = batch
+    chunks_BK = [[replace(c, text=c.text[:150]) for c in row] for row in chunks_BK]
+    assert TwoPass()(rag, loss, questions, answers, chunks_BK).kept == pytest.approx(kept)
+
+
 def test_skipping_changes_the_gradient_by_at_most_the_skipped_mass(rag: Rag, batch: Batch):
     full = gradients(rag, TwoPass(), batch)
     posterior_BK = TwoPass()(rag, Marginal(), *batch).posterior_BK

@@ -1,10 +1,13 @@
 """What holds the parts of joint training together: who is told what, in which order."""
 
 import json
+import os
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -14,8 +17,15 @@ from rag2.evaluation.questions import load_questions
 from rag2.registry import UserError
 from rag2.reindex import store as stores
 from rag2.reindex.collapse import Guard, Health
+from rag2.reindex.live import LiveIndex
+from rag2.reindex.policy import SyncRefresh
+from rag2.reindex.staleness import Staleness
 from rag2.retriever.encoder import DualEncoder
 from rag2.training import distributed
+from rag2.training.interrupt import Stop
+from rag2.training.telemetry import Telemetry
+from rag2.training.watch import Watch
+from rag2.types import Chunk
 from refreshes import Inline
 from small_runs import Killed, Load, killed_at, log, start, weights
 
@@ -136,14 +146,59 @@ def test_a_run_that_goes_on_may_be_more_patient_but_not_train_otherwise(
     monkeypatch.setattr(stores, "Worker", Inline)
     refresh = {"name": "async", "every": 4, "lag": 3}
     out = tmp_path / "a"
-    start(recipe, "joint", home, out, refresh=refresh)
+    with monkeypatch.context() as patch:  # a larger machine
+        patch.setattr(os, "cpu_count", lambda: 4096)
+        start(recipe, "joint", home, out, refresh=refresh | {"cpus": [4000]})
     with pytest.raises(UserError, match="begun with refresh.lag=3, not 2; resume with the same"):
         start(recipe, "joint", home, out, refresh=refresh | {"lag": 2}, resume=True)
     with pytest.raises(UserError, match="is at step 8: steps=5 is behind it"):
         start(recipe, "joint", home, out, refresh=refresh, steps=5, resume=True)
     before = weights(out)
-    start(recipe, "joint", home, out, refresh=refresh | {"patience": 900.0}, resume=True)
+    changes = {"patience": 900.0, "cpus": [0]}
+    start(recipe, "joint", home, out, refresh=refresh | changes, resume=True)
     assert weights(out) == before
+
+
+def test_what_validation_finds_does_not_decide_what_is_encoded_next(
+    home: Path, chunks: list[Chunk], encoder: DualEncoder, store: stores.Store
+):
+    watch = Watch(load_questions(home / "data" / "questions.jsonl"), chunks)
+    telemetry = Telemetry(encoder, watch, Staleness(every=1), Guard(), {})
+    live = LiveIndex(store, SyncRefresh(share=0.5), check=telemetry.watchdog.check)
+    assert "recall" in telemetry.before(0, live) and "overlap" in telemetry.after(0, live)
+    assert live.state()["demand"]["rows"] == []
+    live.search(live.generation.index.vectors(np.array([3])), 2)
+    assert len(live.state()["demand"]["rows"]) == 2
+
+
+def test_an_index_of_a_retriever_that_does_not_learn_is_not_refreshed(
+    recipe: Load, home: Path, tmp_path: Path
+):
+    with pytest.raises(UserError, match=r"retriever does not learn .* set refresh\.name=none"):
+        start(recipe, "joint", home, tmp_path / "a", train=["generator"])
+    assert not (tmp_path / "a").exists()
+
+
+def test_old_generations_go_with_the_next_swap_and_not_with_the_next_checkpoint(
+    recipe: Load, home: Path, tmp_path: Path
+):
+    changes = {"refresh": {"name": "sync", "every": 1}, "checkpoint_every": 100}
+    start(recipe, "joint", home, tmp_path / "a", **changes)
+    left = sorted(path.name for path in (tmp_path / "a" / "generations").glob("0*"))
+    assert left == ["000009"]
+
+
+def test_a_second_sigterm_is_obeyed_at_once():
+    heard = []
+    before = signal.signal(signal.SIGTERM, lambda *_: heard.append(True))
+    try:
+        with Stop() as stop:
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert stop.heard and not heard
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert heard
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_a_weight_that_no_process_felt_is_left_alone(monkeypatch: pytest.MonkeyPatch):

@@ -17,10 +17,12 @@ from rag2.index.flat import Flat
 from rag2.index.generation import Generation
 from rag2.registry import UserError
 from rag2.reindex import build
+from rag2.reindex import worker as worker_module
 from rag2.reindex.live import LiveIndex
 from rag2.reindex.policy import AdaptiveRefresh, AsyncRefresh, EagerRefresh
 from rag2.reindex.process import Worker, WorkerFailed
 from rag2.reindex.store import Store
+from rag2.reindex.worker import Spec, work
 from rag2.retriever.encoder import DualEncoder
 from rag2.types import Chunk
 from refreshes import Inline, moved, rebuilt, same
@@ -115,9 +117,14 @@ def test_a_worker_does_not_believe_that_it_belongs_to_the_training_group(
 
 
 def test_a_worker_makes_what_training_would_have_made_and_is_started_again_when_it_is_killed(
-    store: Store, chunks: list[Chunk], encoder: DualEncoder, tmp_path: Path, capfd
+    store: Store,
+    chunks: list[Chunk],
+    encoder: DualEncoder,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ):
-    with LiveIndex(store, AsyncRefresh(every=4, lag=3, cpus=[0])) as live:
+    # At a tenth of its speed, so that it is still at work when it is killed.
+    with LiveIndex(store, AsyncRefresh(every=4, lag=3, cpus=[0], duty=0.1)) as live:
         first, expected = live.generation, None
         swapped_at = []
         for step in range(9):
@@ -130,7 +137,16 @@ def test_a_worker_makes_what_training_would_have_made_and_is_started_again_when_
                 }  # fmt: skip
                 expected = rebuilt(snapshot, chunks, 4)
                 assert live.worker is not None
-                os.kill(live.worker.pid, signal.SIGKILL)
+                deadline = time.monotonic() + 120  # it imports torch first
+                while not live.worker.total and time.monotonic() < deadline:
+                    assert not live.poll(step)
+                    time.sleep(0.05)
+                pid = live.worker.pid
+                assert os.sched_getaffinity(pid) == {0}
+                assert os.getpriority(os.PRIO_PROCESS, pid) >= 5
+                os.kill(pid, signal.SIGTERM)  # for the trainer to obey
+                assert live.worker.total and not (live.poll(step) or "again" in caplog.text)
+                os.kill(pid, signal.SIGKILL)
             before = live.generation
             if live.poll(step):
                 swapped_at.append(step)
@@ -254,6 +270,50 @@ def test_a_damaged_or_a_wrong_generation_is_made_again_and_never_swapped_in(
     assert live.poll(4) and same(live.generation, expected)
     assert len(inline.launched) == 2 and "it is started again" in caplog.text
     assert (tmp_path / "generations" / "current").read_text() == "000001\n"
+
+
+def test_failures_count_for_one_generation_and_the_age_begins_anew_with_the_next(
+    store: Store, encoder: DualEncoder, inline: type[Inline]
+):
+    inline.spoil = staticmethod(lambda directory, number: flip(directory, number % 2))
+    live = LiveIndex(store, AsyncRefresh(every=2, lag=1, retries=1))
+    time.sleep(0.2)
+    before = live.age(0)[1]
+    assert swaps(live, encoder, range(7)) == [(2, 1), (4, 2), (6, 3)]
+    assert len(inline.launched) == 6 and live.age(6)[1] < before
+
+
+def test_a_worker_reads_nothing_that_was_damaged(
+    store: Store, encoder: DualEncoder, tmp_path: Path, inline: type[Inline]
+):
+    live = LiveIndex(store, AsyncRefresh(every=2, lag=1))
+    moved(encoder)
+    live.refresh(1)
+    spec = Spec.model_validate_json((tmp_path / "snapshots" / "000001.json").read_text())
+    weights = next((Path(spec.snapshot) / "encoder").rglob("*.safetensors"))
+    for path in (weights, Path(spec.chunks) / "chunks.arrow"):
+        data = path.read_bytes()
+        path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+        shutil.rmtree(spec.directory)
+        with pytest.raises(artifact.ArtifactError, match="bytes of file .* have changed"):
+            work(spec, lambda done, total: None)
+        path.write_bytes(data)
+        work(spec, lambda done, total: None)
+
+
+def test_a_worker_that_shares_a_device_sleeps_for_the_rest_of_its_time(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    clock, slept = [0.0], []
+    monkeypatch.setattr(worker_module.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(worker_module.time, "sleep", slept.append)
+    monkeypatch.setattr(worker_module.threading.Thread, "start", lambda self: None)
+    pulse = worker_module._pulse(0.25)
+    for done, seconds in ((1, 2.0), (2, 0.5), (3, 0.0)):
+        clock[0] += seconds
+        pulse(done, 3)
+    assert slept == [6.0, 1.5, 0.0]
+    assert capfd.readouterr().out.splitlines()[-1] == '{"done": 3, "total": 3}'
 
 
 def test_a_worker_that_fails_too_often_stops_training_in_one_line_and_keeps_the_index(

@@ -30,6 +30,12 @@ def test_each_way_is_a_valid_refresh_and_only_sync_has_both_cores(recipe: Recipe
     assert made["async"].cpus == [1] and made["async"].threads == 1
 
 
+def test_a_benchmark_that_cannot_be_is_refused_before_it_begins(recipe: Recipe):
+    for wrong in ({"every": 7, "lag": 7}, {"steps": 1}):
+        with pytest.raises(ValueError, match=r"must be below every=7|greater than or equal to 2"):
+            recipe("eval/refresh.py").RefreshConfig(**wrong)
+
+
 @pytest.mark.slow
 def test_a_step_is_timed_in_one_pass_and_in_two(home: Path, tmp_path: Path):
     given = {"kb": "data/kb.sqlite", "questions": "data/questions.jsonl"}

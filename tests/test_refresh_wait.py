@@ -4,15 +4,19 @@ import json
 import os
 import signal
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from rag2.index.flat import Flat
+from rag2.registry import UserError
 from rag2.reindex import live as lives
 from rag2.reindex import store as stores
 from rag2.reindex.live import LiveIndex
-from rag2.reindex.policy import AsyncRefresh
+from rag2.reindex.policy import AdaptiveRefresh, AsyncRefresh
+from rag2.reindex.process import WorkerFailed
 from rag2.reindex.store import Store
 from rag2.retriever.encoder import DualEncoder
 from rag2.types import Chunk
@@ -40,14 +44,14 @@ class Group:
         self.exchanges += rank == 0
         return found
 
-    def polled(self, lives: list[LiveIndex], step: int) -> list[bool]:
-        """What `poll` returns in each of them."""
-        found = [False, False]
+    def both(self, do: Callable[[int], Any]) -> list[Any]:
+        """What each of them returns of what both do at once."""
+        found: list[Any] = [None, None]
 
-        def poll(rank: int) -> None:
-            found[rank] = lives[rank].poll(step)
+        def run(rank: int) -> None:
+            found[rank] = do(rank)
 
-        threads = [threading.Thread(target=poll, args=(rank,)) for rank in (0, 1)]
+        threads = [threading.Thread(target=run, args=(rank,)) for rank in (0, 1)]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -84,8 +88,48 @@ def test_a_group_waits_in_words_and_swaps_together(
     moved(encoder)
     for live in lives:
         live.refresh(2)
-    assert group.polled(lives, 4) == [True, True] and group.exchanges > 5
+    assert group.both(lambda rank: lives[rank].poll(4)) == [True, True] and group.exchanges > 5
     assert same(lives[0].generation, lives[1].generation) and lives[1].number == 1
+
+
+@pytest.mark.parametrize("overlaps", [(0.8, 0.9), (0.9, 0.8)])
+def test_a_group_refreshes_together_though_one_of_them_measured_more_overlap(
+    chunks: list[Chunk],
+    encoder: DualEncoder,
+    tmp_path: Path,
+    inline: type[Inline],
+    overlaps: tuple[float, float],
+):
+    group, members = Group(), pair(chunks, encoder, tmp_path)
+    policy = AdaptiveRefresh(min_overlap=0.85, lag=2)
+    lives = [
+        LiveIndex(store, policy, largest=lambda value, rank=rank: group.largest(rank, value))
+        for rank, store in enumerate(members)
+    ]
+    moved(encoder)
+    group.both(lambda rank: lives[rank].refresh(2, overlaps[rank]))
+    assert lives[0].state() == lives[1].state() and lives[0].state()["pending"]["number"] == 1
+    assert len(inline.launched) == 1
+
+
+def test_a_worker_that_was_told_to_stop_with_the_run_costs_it_nothing(
+    store: Store, encoder: DualEncoder, inline: type[Inline], monkeypatch: pytest.MonkeyPatch
+):
+    def dead(self: Inline, seconds: float = 0.0) -> bool:
+        raise WorkerFailed("killed by signal 15")
+
+    inline.slow = ENDLESS
+    policy = AsyncRefresh(every=3, lag=2, retries=0)
+    live = LiveIndex(store, policy, stopping=lambda: stopping)
+    live.refresh(2)
+    state = live.state()
+    monkeypatch.setattr(Inline, "wait", dead)
+    monkeypatch.setattr(Inline, "finished", dead)
+    stopping = True
+    assert not (live.poll(3) or live.poll(4)) and live.state() == state
+    stopping = False
+    with pytest.raises(UserError, match="killed by signal 15; it was started 1 times"):
+        live.poll(4)
 
 
 @pytest.mark.parametrize("asked", [0, 1])
@@ -105,7 +149,7 @@ def test_a_group_stops_waiting_whichever_of_them_was_asked(
     moved(encoder)
     for live in lives:
         live.refresh(2)
-    assert group.polled(lives, 4) == [False, False]
+    assert group.both(lambda rank: lives[rank].poll(4)) == [False, False]
     assert lives[0].state() == lives[1].state() and lives[0].number == 0
 
 

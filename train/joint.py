@@ -27,7 +27,7 @@ from rag2.rag import Rag
 from rag2.registry import UserError
 from rag2.reindex.collapse import Guard
 from rag2.reindex.live import LiveIndex
-from rag2.reindex.policy import AdaptiveRefresh, EagerRefresh, SyncRefresh
+from rag2.reindex.policy import AdaptiveRefresh, EagerRefresh, NoRefresh, SyncRefresh
 from rag2.reindex.staleness import Staleness
 from rag2.reindex.store import Store
 from rag2.retriever.embed import embed_corpus
@@ -110,6 +110,8 @@ def main(cfg: JointConfig) -> dict[str, float]:
         raise UserError("refresh.name=adaptive goes by what is measured: set staleness.every")
     if isinstance(cfg.refresh, EagerRefresh) and distributed.world() > 1:
         raise UserError("refresh.name=eager: the clocks of several processes differ; use async")
+    if "retriever" not in cfg.train and not isinstance(cfg.refresh, NoRefresh):
+        raise UserError("the retriever does not learn (train=...): set refresh.name=none")
     if cfg.shard and distributed.world() == 1:
         raise UserError("shard=true is for several processes: torchrun --nproc-per-node N ...")
     rows = parts.rows_each(cfg.batch_size, cfg.accumulate)
@@ -131,8 +133,8 @@ def main(cfg: JointConfig) -> dict[str, float]:
     store = Store(run.out, chunks, rag.retriever, cfg.index, kb_version, kb_hash, first_rank)
 
     loss, clock = float("nan"), Clock()
+    stop = Stop()
     with (
-        Stop() as stop,
         matmul(cfg.matmul, cfg.device),
         progress("joint", cfg.steps, run.start) as advance,
         LiveIndex(
@@ -140,6 +142,7 @@ def main(cfg: JointConfig) -> dict[str, float]:
             *(telemetry.watchdog.check, lambda: stop.heard),
             *(distributed.largest, distributed.gathered),
         ) as index,
+        stop,  # before its first index is there, a run has nothing to commit
     ):
         index.poll(run.start - 1)  # a run that was stopped may have waited for this
         stop.obey(run, run.start)
@@ -192,7 +195,8 @@ def main(cfg: JointConfig) -> dict[str, float]:
             )
             advance(1, loss=loss)
             index.refresh(step, told.get("overlap"))
-            index.poll(step)
+            if index.poll(step) and first_rank:
+                index.prune(checkpoint.retained(run.out))
             if (step + 1) % cfg.checkpoint_every == 0 or stop.asked():
                 run.checkpoint(step + 1, **index.state(), **telemetry.state())
                 if first_rank:  # the others might read what it removes

@@ -170,6 +170,12 @@ def sweep(parent: Path | str) -> list[Path]:
     return removed
 
 
+def remove(directory: Path | str) -> None:
+    """Remove a committed directory, or what is left of one; half of it never counts as complete."""
+    (Path(directory) / MANIFEST).unlink(missing_ok=True)
+    shutil.rmtree(directory, ignore_errors=True)
+
+
 def _refuse_existing(directory: Path) -> None:
     """Committed directories are immutable, so there is nothing to overwrite."""
     if os.path.lexists(directory):

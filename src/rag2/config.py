@@ -10,7 +10,7 @@ import inspect
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, Union
 
@@ -60,14 +60,19 @@ def choice(table: str) -> Any:
 
 
 def load(
-    cls: type[ConfigT], path: str | None = None, overrides: list[str] | None = None
+    cls: type[ConfigT],
+    path: str | None = None,
+    overrides: list[str] | None = None,
+    without: Iterable[str] = (),
 ) -> ConfigT:
     """The configuration in YAML file `path` (None: the defaults) with `key=value` overrides.
 
-    Raises UserError, one line, for a missing or malformed file, a malformed override, an unknown
-    key or name and a value of the wrong type.
+    `without`: dotted keys that the file is read without. Raises UserError, one line, for a missing
+    or malformed file, a malformed override, an unknown key or name and a value of the wrong type.
     """
     given = read(find(path)) if path else {}
+    for key in without:
+        _drop(given, key)
     changes: dict[str, Any] = {}
     for override in overrides or []:
         _assign(changes, override)
@@ -238,6 +243,16 @@ def _assign(tree: dict[str, Any], override: str) -> None:
         tree[leaf]["name"] = value
     else:
         tree[leaf] = value
+
+
+def _drop(tree: dict[str, Any], key: str) -> None:
+    """Take a dotted key out of nested settings, if it is there."""
+    *blocks, last = key.split(".")
+    for block in blocks:
+        tree = tree.get(block) or {}
+        if not isinstance(tree, dict):
+            return
+    tree.pop(last, None)
 
 
 def _merge(old: Any, new: Any, standard: Any) -> Any:

@@ -8,6 +8,8 @@ from typing import Any, Literal
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from rag2.registry import UserError
+
 Precision = Literal["highest", "high", "medium"]
 FUSED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]
 
@@ -51,7 +53,10 @@ def computing_on(threads: int | None, cpus: Collection[int] | None) -> Iterator[
     bound = cpus if hasattr(os, "sched_setaffinity") else None  # Linux alone can
     before = torch.get_num_threads(), os.sched_getaffinity(0) if bound else None
     if bound:
-        os.sched_setaffinity(0, bound)  # first: a new thread is bound to the cores of its maker
+        try:  # first: a new thread is bound to the cores of its maker
+            os.sched_setaffinity(0, bound)
+        except OSError:
+            raise UserError(f"cpus={list(bound)}: this process may not use these cores") from None
     if threads:
         torch.set_num_threads(threads)
     try:

@@ -1,6 +1,7 @@
 """Where a run is killed, and the mistakes that killing it must bring to light."""
 
 import importlib.util
+import json
 import os
 import signal
 import sys
@@ -24,17 +25,36 @@ from small_world import SHAPE, tokenizer_of
 
 torch.set_num_threads(1)  # before the first fork: a pool of threads does not survive one
 
-# name -> (owner, function): the process is killed as the function is entered
-POINTS: dict[str, tuple[Any, str]] = {
-    "files written, no manifest": (artifact, "_write_manifest"),
-    "manifest being written": (artifact, "_write_durably"),
-    "before the rename": (os, "rename"),
-    "committed, pointer not moved": (artifact, "replace"),
-    "pointer written, not in place": (os, "replace"),
-    "old checkpoint half removed": (checkpoint.shutil, "rmtree"),
-    "snapshot taken": (store.Store, "launch"),
-    "at the swap": (store.Store, "publish"),
-    "in the middle of a log line": (log.RunLog, "write"),
+
+def _half_a_file(path: Path, data: bytes) -> None:
+    path.write_bytes(data[: len(data) // 2])
+
+
+def _half_a_folder(directory: Path) -> None:
+    """Without its manifest, which goes first, and every second file."""
+    files = sorted(path for path in Path(directory).rglob("*") if path.is_file())
+    for path in files[::2]:
+        path.unlink()
+    (Path(directory) / artifact.MANIFEST).unlink(missing_ok=True)
+
+
+def _half_a_line(log: log.RunLog, **values: Any) -> None:
+    log._file.write(json.dumps(values)[:20])
+    log._file.flush()
+
+
+# name -> (owner, function, what it has done of its work): the process is killed as the function is
+# entered, after so much of it
+POINTS: dict[str, tuple[Any, str, Callable[..., None] | None]] = {
+    "files written, no manifest": (artifact, "_write_manifest", None),
+    "a small file half written": (artifact, "_write_durably", _half_a_file),
+    "before the rename": (os, "rename", None),
+    "committed, pointer not moved": (artifact, "replace", None),
+    "pointer written, not in place": (os, "replace", None),
+    "half removed": (artifact, "remove", _half_a_folder),
+    "snapshot taken": (store.Store, "launch", None),
+    "at the swap": (store.Store, "publish", None),
+    "in the middle of a log line": (log.RunLog, "write", _half_a_line),
 }
 
 
@@ -178,7 +198,7 @@ def mark(out: Path, text: str) -> bool:
 def arm(kill: Kill, out: Path) -> None:
     """Let what `kill` describes happen to this process, its worker, or both."""
     if kill.point is not None:
-        owner, name = POINTS[kill.point]
+        owner, name, half = POINTS[kill.point]
         left, honest, trainer = [kill.passing], getattr(owner, name), os.getpid()
 
         def dying(*args: Any, **more: Any) -> Any:
@@ -186,6 +206,8 @@ def arm(kill: Kill, out: Path) -> None:
             if left[0] == 0:
                 victim = "trainer" if os.getpid() == trainer else "worker"
                 if mark(out, f"{kill.point} ({victim})"):
+                    if half:
+                        half(*args, **more)
                     os.kill(os.getpid(), signal.SIGKILL)
             return honest(*args, **more)
 

@@ -24,6 +24,13 @@ class JointLoss(Config, ABC):
         """The loss of a training step; only a schedule has another than itself."""
         return self
 
+    def priors(self, mask_BST: Tensor) -> Tensor | int:
+        """How often p(z|x) is a factor in what a question's loss [B] is the -log of.
+
+        What other candidates take of p(z|x) is lost as often.
+        """
+        return 1
+
     @abstractmethod
     def __call__(
         self, scores_BK: Tensor, logp_BST: Tensor, mask_BST: Tensor
@@ -32,6 +39,11 @@ class JointLoss(Config, ABC):
 
         The scores are the logits of p(z|x). Whatever stands under a false mask is ignored.
         """
+
+
+def answer_tokens(mask_BST: Tensor) -> Tensor:
+    """How many tokens the answers have, [B]."""
+    return mask_BST.bool().any(1).sum(-1)
 
 
 def summed(logp_BST: Tensor, mask_BST: Tensor) -> Tensor:

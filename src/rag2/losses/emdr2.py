@@ -5,7 +5,7 @@ from typing import Literal
 from torch import Tensor
 
 import rag2_kernels
-from rag2.losses.base import JointLoss, Subset, reader_nll
+from rag2.losses.base import JointLoss, Subset, answer_tokens, reader_nll
 
 
 class EMDR2(JointLoss):
@@ -26,6 +26,10 @@ class EMDR2(JointLoss):
     def subsets(self, k: int) -> list[Subset]:
         """Each chunk alone, then all."""
         return [*super().subsets(k), tuple(range(k))]
+
+    def priors(self, mask_BST: Tensor) -> Tensor | int:
+        """Once, or once a token of the answer."""
+        return answer_tokens(mask_BST) if self.level == "token" else 1
 
     def __call__(
         self, scores_BK: Tensor, logp_BST: Tensor, mask_BST: Tensor

@@ -7,7 +7,7 @@ from einops import rearrange
 from torch import Tensor
 
 import rag2_kernels
-from rag2.losses.base import JointLoss
+from rag2.losses.base import JointLoss, answer_tokens
 
 
 class Marginal(JointLoss):
@@ -28,6 +28,10 @@ class Marginal(JointLoss):
 
     name: Literal["marginal"] = "marginal"
     level: Literal["sequence", "token", "mean"] = "sequence"
+
+    def priors(self, mask_BST: Tensor) -> Tensor | int:
+        """Once, or once a token of the answer."""
+        return answer_tokens(mask_BST) if self.level == "token" else 1
 
     def __call__(
         self, scores_BK: Tensor, logp_BST: Tensor, mask_BST: Tensor

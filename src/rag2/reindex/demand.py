@@ -15,8 +15,9 @@ class Demand:
     """How often each chunk was found since its last turn, and how far the round has come.
 
     A part takes the chunks found most often, and for a quarter of its size the next ones of the
-    corpus in the order of their ids: no embedding grows older than ROUND / share refreshes, though
-    nothing ever finds it. Where fewer were found than there is room for, the round goes further.
+    corpus in the order of their ids: no embedding grows older than ROUND / share refreshes (of the
+    share that whole chunks make up), though nothing ever finds it. Where fewer were found than
+    there is room for, the round goes further.
     """
 
     def __init__(self, share: float, ids_N: np.ndarray, state: Mapping[str, Any] | None) -> None:

@@ -118,7 +118,10 @@ class LiveIndex:
         Sync: it is there on return. In the background: the encoder's snapshot is durable on return.
         """
         began = time.monotonic()
-        if self._pending is None and self._policy.due(step, overlap):
+        due = self._pending is None and self._policy.due(step, overlap)
+        if isinstance(self._policy, AdaptiveRefresh):  # which has measured in each process
+            due = bool(self._largest(due))
+        if due:
             number = self.number + 1
             rows_M = None if self._demand.whole else self._demand.choose()
             if isinstance(self._policy, Background):
@@ -268,6 +271,8 @@ class LiveIndex:
 
     def _try_again(self, failure: Exception) -> None:
         assert self._pending is not None and isinstance(self._policy, Background)
+        if self._stopping():  # it may have been told to stop, too
+            return
         self._failures += 1
         what = f"re-index worker of generation {self._pending.number}: {failure}"
         if self._failures > self._policy.retries:

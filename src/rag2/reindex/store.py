@@ -59,7 +59,7 @@ class Store:
         if self.keep:
             directory = self.snapshots / f"{number:06d}"
             artifact.sweep(self.snapshots)
-            shutil.rmtree(directory, ignore_errors=True)
+            artifact.remove(directory)
             meta = {
                 "step": step,
                 "encoder_fingerprint": fingerprint,
@@ -108,7 +108,7 @@ class Store:
     def drop(self, number: int) -> None:
         """Remove a generation, whole or in pieces, and what a killed build left behind."""
         artifact.sweep(self.generations)
-        shutil.rmtree(self._path(number), ignore_errors=True)
+        artifact.remove(self._path(number))
 
     def prune(self, generations: Collection[int], snapshots: Collection[int] = ()) -> None:
         """Remove all generations and snapshots but these."""

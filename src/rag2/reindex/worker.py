@@ -8,6 +8,7 @@ when its stdin closes, so that whatever becomes of the trainer, no worker is lef
 
 import json
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -54,6 +55,8 @@ class Spec(Config):
 def main(argv: list[str]) -> None:
     """Do what the file says; every failure ends the process with a status that is not 0."""
     spec = Spec.model_validate_json(Path(argv[0]).read_text(encoding="utf-8"))
+    # What stops a whole group of processes is for the trainer, with which this one ends.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     threading.Thread(target=_end_with_stdin, daemon=True).start()
     os.nice(spec.nice)
     if spec.cpus is not None and hasattr(os, "sched_setaffinity"):

@@ -2,7 +2,6 @@
 
 import json
 import random
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +36,10 @@ def save(
     if distributed.rank() != 0:
         return directory
     artifact.sweep(folder)
-    if directory.exists():  # a run started afresh in this directory
-        shutil.rmtree(directory)
+    # A run that was killed between a checkpoint's commit and its pointer went on from before it.
+    for ahead in _in_order(folder):
+        if _step(ahead) >= step:
+            artifact.remove(ahead)
     with artifact.committing(
         directory, kind="checkpoint", meta={"step": step}, pointer=folder / "latest"
     ) as staging:
@@ -48,7 +49,7 @@ def save(
         state = {"step": step, "optimizer": scalars, "extra": extra}
         (staging / "state.json").write_text(json.dumps(state), encoding="utf-8")
     for old in _in_order(folder)[:-keep]:
-        shutil.rmtree(old)
+        artifact.remove(old)
     return directory
 
 
@@ -70,7 +71,8 @@ def load(out: Path, modules: dict[str, nn.Module], optimizer: Optimizer) -> dict
 def retained(out: Path) -> list[dict[str, Any]]:
     """What the run stored beside its weights in each checkpoint that is still there."""
     paths = (folder / "state.json" for folder in _in_order(out / "checkpoints"))
-    return [json.loads(path.read_text(encoding="utf-8"))["extra"] for path in paths]
+    there = (path for path in paths if path.is_file())  # one may be half removed
+    return [json.loads(path.read_text(encoding="utf-8"))["extra"] for path in there]
 
 
 def seed_everything(seed: int) -> None:
@@ -82,7 +84,11 @@ def seed_everything(seed: int) -> None:
 
 def _in_order(folder: Path) -> list[Path]:
     """Checkpoints by their step, which may have more digits than the name has room for."""
-    return sorted(folder.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
+    return sorted(folder.glob("step-*"), key=_step)
+
+
+def _step(directory: Path) -> int:
+    return int(directory.name.removeprefix("step-"))
 
 
 RANDOM = ("rng/torch", "rng/cuda")

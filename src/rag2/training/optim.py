@@ -20,8 +20,8 @@ class Schedule(Config):
     """Linear warm-up over `warmup` steps, then constant, linear or cosine decay to `floor` x lr."""
 
     decay: Literal["constant", "linear", "cosine"] = "cosine"
-    warmup: int = 30
-    floor: float = 0.05
+    warmup: int = Field(default=30, ge=0)
+    floor: float = Field(default=0.05, ge=0, le=1)
 
     def factor(self, step: int, steps: int) -> float:
         """The share of the peak learning rate at `step` (counted from 0) of `steps`."""

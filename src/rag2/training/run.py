@@ -3,11 +3,13 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from rag2 import artifact, config
 from rag2.generator.load import Generator
@@ -18,7 +20,8 @@ from rag2.training import checkpoint, distributed, optim, sharding, track
 from rag2.training.log import NoLog, RunLog
 from rag2.training.optim import Optimizer
 
-# Keys that may differ between a run and its continuation: they do not change what it computes.
+# Keys that may differ between a run and its continuation: they do not change what its steps up to
+# there have computed. (Other `steps` change the schedule from there on, where it decays.)
 FREE = ("steps", "resume", "jobs", "log_with") + tuple(
     f"refresh.{key}" for key in ("patience", "retries", "nice", "duty", "cpus")
 )
@@ -37,6 +40,11 @@ class Settings(Protocol):
     def log_with(self) -> list[str]: ...
 
 
+# What must be as it was when a run goes on, by its name in a checkpoint.
+GIVEN = {
+    "data": "questions, texts or chunks that it learns from",
+    "frozen": "weights that it builds on and leaves as they are",
+}
 UNDER_WAY = ("checkpoints", "generations", "snapshots")
 MADE = (*UNDER_WAY, "final")
 
@@ -69,12 +77,13 @@ class Run:
         if self.start > cfg.steps:
             raise UserError(f"{self.out} is at step {self.start}: steps={cfg.steps} is behind it")
         self.extra: dict[str, Any] = state["extra"] if state else {}
-        self.data = _digest(data)
-        if state and self.extra.pop("data") != self.data:
-            raise UserError(
-                f"{self.out}: the questions, texts or chunks that it learns from have changed "
-                "since it began; resume with the same or choose another out="
-            )
+        self.given = {"data": _digest(_lines(data)), "frozen": _digest(_frozen(modules))}
+        for name, what in GIVEN.items():
+            if self.extra.pop(name, self.given[name]) != self.given[name]:
+                raise UserError(
+                    f"{self.out}: the {what} have changed since it began; resume with the same "
+                    "or choose another out="
+                )
         distributed.barrier()  # every process has read what the first one may now replace
         self.log: RunLog | track.TrackedLog | NoLog = NoLog()
         if distributed.rank() == 0:
@@ -95,8 +104,7 @@ class Run:
         """
         optim.check_finite(self.modules, step)
         self.log.sync()
-        extra["data"] = self.data
-        checkpoint.save(self.out, step, self.modules, self.optimizer, extra)
+        checkpoint.save(self.out, step, self.modules, self.optimizer, self.given | extra)
 
     def finish(
         self,
@@ -128,17 +136,30 @@ class Run:
         self.log.close()
 
 
-def _digest(rows: Iterable[Any]) -> str:
-    """SHA-256 of the rows in their order."""
+def _digest(parts: Iterable[bytes | memoryview]) -> str:
+    """SHA-256 of the parts one after the other."""
     digest = hashlib.sha256()
-    for row in rows:
-        digest.update(repr(row).encode("utf-8", "surrogatepass") + b"\n")
+    for part in parts:
+        digest.update(part)
     return digest.hexdigest()
+
+
+def _lines(rows: Iterable[Any]) -> Iterator[bytes]:
+    """The repr of each row."""
+    return (repr(row).encode("utf-8", "surrogatepass") + b"\n" for row in rows)
+
+
+def _frozen(modules: Mapping[str, nn.Module]) -> Iterator[memoryview]:
+    """The weights that do not learn, which no checkpoint holds; those in pieces are left out."""
+    for module in modules.values():
+        for weight in module.parameters():
+            if not (weight.requires_grad or isinstance(weight, DTensor)):
+                yield weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
 
 def _refuse_changes(cfg: config.Config, saved: Path) -> None:
     """Raise UserError if the run in `saved` was begun with other settings than `cfg`."""
-    old = _flat(config.load(type(cfg), str(saved)).model_dump(mode="json"))
+    old = _flat(config.load(type(cfg), str(saved), without=FREE).model_dump(mode="json"))
     new = _flat(cfg.model_dump(mode="json"))
     for key in {**old, **new}:
         if key not in FREE and old.get(key) != new.get(key):

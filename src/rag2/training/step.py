@@ -48,12 +48,14 @@ class OnePass(Config):
     ) -> StepResult:
         """Accumulate the gradient of the mean loss into the parameters.
 
-        `in_batch` adds the crowding of `Rag.scores` to each question's loss.
+        `in_batch` adds the crowding of `Rag.scores` to each question's loss, as often as the loss
+        holds p(z|x).
         """
         subsets = loss.subsets(len(chunks_BK[0]))
         scores_BK, crowding_B, logp_BST, mask_BST = rag(questions, answers, chunks_BK, subsets)
         loss_B, posterior_BK = loss(scores_BK, logp_BST, mask_BST)
-        loss_B = loss_B + crowding_B if in_batch else loss_B
+        if in_batch:
+            loss_B = loss_B + loss.priors(mask_BST) * crowding_B
         if loss_B.requires_grad:
             loss_B.mean().backward()
         prior_BK = scores_BK.detach().softmax(-1)
@@ -67,7 +69,7 @@ class TwoPass(Config):
     them is what the second pass sends back through the generator, micro-batch by micro-batch (the
     gradient-caching idea of Gao et al. 2021). `skip_below`: prompts whose tokens weigh less in
     their question's loss (of the sequence marginal: whose posterior is smaller) are left out of the
-    second pass; their share of the gradient is that small too.
+    second pass; their share of the gradient is that small too. Those that weigh nothing always are.
     """
 
     name: Literal["two_pass"] = "two_pass"
@@ -85,7 +87,8 @@ class TwoPass(Config):
     ) -> StepResult:
         """Accumulate the gradient of the mean loss into the parameters.
 
-        `in_batch` adds the crowding of `Rag.scores` to each question's loss.
+        `in_batch` adds the crowding of `Rag.scores` to each question's loss, as often as the loss
+        holds p(z|x).
         """
         subsets = loss.subsets(len(chunks_BK[0]))
         pairs = rag.pairs(questions, answers, chunks_BK, subsets)
@@ -95,20 +98,19 @@ class TwoPass(Config):
 
         scores_BK, crowding_B = rag.scores(questions, chunks_BK)
         logp_RT.requires_grad_(True)  # a loss may not use it: pdist without a reader
-        shape = {"s": len(subsets)}
-        loss_B, posterior_BK = loss(
-            scores_BK,
-            rearrange(logp_RT, "(b s) t -> b s t", **shape),
-            rearrange(mask_RT, "(b s) t -> b s t", **shape),
-        )
-        loss_B = loss_B + crowding_B if in_batch else loss_B
+        mask_BST = rearrange(mask_RT, "(b s) t -> b s t", s=len(subsets))
+        logp_BST = rearrange(logp_RT, "(b s) t -> b s t", s=len(subsets))
+        loss_B, posterior_BK = loss(scores_BK, logp_BST, mask_BST)
+        if in_batch:
+            loss_B = loss_B + loss.priors(mask_BST) * crowding_B
         if loss_B.requires_grad:
             loss_B.mean().backward()
         grad_RT = logp_RT.grad
         kept = 1.0
         if grad_RT is not None and any(p.requires_grad for p in rag.generator.parameters()):
             # Of the marginal, what arrives at a token is its prompt's posterior, a B-th of it.
-            felt_R = len(questions) * grad_RT.abs().amax(1) >= self.skip_below
+            weight_R = len(questions) * grad_RT.abs().amax(1)
+            felt_R = (weight_R > 0) & (weight_R >= self.skip_below)
             kept = float(felt_R.float().mean())
             self._second_pass(rag, pairs, pieces, states, grad_RT, felt_R)
         prior_BK = scores_BK.detach().softmax(-1)

@@ -80,7 +80,7 @@ def test_a_worker_gives_signs_of_life_before_and_after_it_encodes_and_not_while_
     begin = "from rag2.reindex.worker import _pulse\npulse = _pulse(1.0)\n"
     busy = begin + "time.sleep(8); pulse(1, 9); pulse(9, 9); time.sleep(8)"
     hangs = begin + "time.sleep(1); pulse(1, 9); time.sleep(60)"
-    fine, stuck = (worker(tmp_path, script, patience=60.0) for script in (busy, hangs))
+    fine, stuck = (worker(tmp_path, script, patience=300.0) for script in (busy, hangs))
     for process in (fine, stuck):
         while not process.finished() and not process.total:  # it imports torch first
             time.sleep(0.05)

@@ -12,7 +12,7 @@ import pytest
 
 from rag2.index.flat import Flat
 from rag2.registry import UserError
-from rag2.reindex import live as lives
+from rag2.reindex import making as makings
 from rag2.reindex import store as stores
 from rag2.reindex.live import LiveIndex
 from rag2.reindex.policy import AdaptiveRefresh, AsyncRefresh
@@ -179,10 +179,10 @@ def test_a_run_that_is_terminated_while_it_waits_ends_at_once_and_goes_on_as_if_
         with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
             patch.setattr(Inline, "slow", ENDLESS)
             patch.setattr(Inline, "wait", endless)
-            patch.setattr(lives, "LOOK", 0.0)
+            patch.setattr(makings, "LOOK", 0.0)
             # A worker that was done would be taken for one in the run that goes on.
             patch.setattr(Store, "complete", lambda self, number: False)
-            patch.setattr(LiveIndex, "_checked", lambda self: pytest.fail("it did not wait"))
+            patch.setattr(makings.Making, "load", lambda self: pytest.fail("it did not wait"))
             start(recipe, "joint", home, tmp_path / "a", refresh=refresh, resume=True)
         assert ended.value.code == 0 and "stopped after 7 steps" in capsys.readouterr().err
     assert log(tmp_path / "a")[-1]["generation"] == 0

@@ -241,7 +241,7 @@ def _swap_when_ready() -> None:
     honest = live.LiveIndex._time_to_swap
 
     def eager(self: live.LiveIndex, step: int) -> bool:
-        return honest(self, step) or self._look_after()
+        return honest(self, step) or bool(self._making and self._making.done())
 
     live.LiveIndex._time_to_swap = eager
 

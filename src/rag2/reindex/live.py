@@ -1,9 +1,8 @@
 """The index that training searches while the weights move: search, refresh, poll."""
 
-import logging
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,6 +15,7 @@ from rag2.registry import UserError
 from rag2.reindex.build import Part
 from rag2.reindex.demand import Demand
 from rag2.reindex.journal import Journal
+from rag2.reindex.making import Making, Pending
 from rag2.reindex.policy import (
     AdaptiveRefresh,
     AsyncRefresh,
@@ -23,13 +23,10 @@ from rag2.reindex.policy import (
     EagerRefresh,
     SyncRefresh,
 )
-from rag2.reindex.process import Worker, WorkerFailed
+from rag2.reindex.process import Worker
 from rag2.reindex.store import Store
 
-logger = logging.getLogger(__name__)
-
 WAIT, STOP, MADE = range(3)  # how it stands with a generation that training waits for
-LOOK = 1.0  # seconds between two looks at that
 
 
 class Policy(Protocol):
@@ -38,15 +35,6 @@ class Policy(Protocol):
     def due(self, step: int, overlap: float | None = None) -> bool:
         """Whether a refresh starts after `step`, where this overlap was measured, if it was."""
         ...
-
-
-@dataclass(frozen=True, slots=True)
-class Pending:
-    """A generation in the making: of the weights of `step`, which have this fingerprint."""
-
-    number: int
-    step: int
-    fingerprint: str
 
 
 class LiveIndex:
@@ -74,8 +62,7 @@ class LiveIndex:
         self._largest, self._gathered = largest, gathered
         self._pending: Pending | None = None
         self._made: Generation | None = None
-        self._worker: Worker | None = None
-        self._failures = 0
+        self._making: Making | None = None
         self._journal = Journal(store.generations.parent / "swaps.jsonl", store.keep, bool(state))
         self.number = state["generation"] if state else 0
         self._swapped = state["swapped"] if state else -1
@@ -85,10 +72,11 @@ class LiveIndex:
         self._demand = Demand(share, self.generation.ids_N, state.get("demand") if state else None)
         if state and state.get("pending"):
             self._pending = Pending(**state["pending"])
+            self._making = self._worked_on(self._pending)
         if state:
             store.prune(*self._needed())
-        if self._pending and not store.complete(self._pending.number):
-            self._launch()
+        if self._making and not self._making.done():
+            self._making.launch()
         self._published = time.monotonic()
         self._stalled = 0.0
 
@@ -96,8 +84,8 @@ class LiveIndex:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._worker is not None:
-            self._worker.kill()
+        if self._making is not None:
+            self._making.kill()
 
     def search(self, queries_BD: np.ndarray, k: int) -> np.ndarray:
         """Chunk ids_BK, best first, by the weights of `generation.step`; none for k = 0.
@@ -127,7 +115,8 @@ class LiveIndex:
             if isinstance(self._policy, Background):
                 fingerprint = self._store.snapshot(number, step + 1, rows_M)
                 self._pending = Pending(number, step + 1, fingerprint)
-                self._launch()
+                self._making = self._worked_on(self._pending)
+                self._making.launch()
             elif isinstance(self._policy, SyncRefresh):
                 part = None if rows_M is None else Part(self.generation, rows_M)
                 with computing_on(self._policy.threads, self._policy.cpus):
@@ -152,8 +141,7 @@ class LiveIndex:
             self.generation = made
             self.number, self._swapped = self._pending.number, step
             self._store.publish(self.number)
-            self._pending = self._made = self._worker = None
-            self._failures = 0
+            self._pending = self._made = self._making = None
             self._published = time.monotonic()
         self._stalled += time.monotonic() - began
         return made is not None
@@ -174,7 +162,7 @@ class LiveIndex:
     @property
     def worker(self) -> Worker | None:
         """The process that makes the pending generation; None without one in this process."""
-        return self._worker
+        return self._making.worker if self._making else None
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint must hold for `LiveIndex` to go on from here."""
@@ -205,30 +193,24 @@ class LiveIndex:
             )
         return made
 
+    def _worked_on(self, pending: Pending) -> Making:
+        assert isinstance(self._policy, Background)
+        return Making(self._store, self._policy, pending, self.number, self._stopping)
+
     def _time_to_swap(self, step: int) -> bool:
         assert self._pending is not None
-        if isinstance(self._policy, AsyncRefresh | AdaptiveRefresh):
+        if self._making and isinstance(self._policy, AsyncRefresh | AdaptiveRefresh):
             if step + 1 < self._pending.step + self._policy.lag:
-                self._look_after()
+                self._making.done()  # one that failed is started again now
                 return False
             return True
-        if isinstance(self._policy, EagerRefresh):
+        if self._making and isinstance(self._policy, EagerRefresh):
             told = self._journal.steps.get(self._pending.number)
-            ready = self._look_after() if told is None else step >= told
+            ready = self._making.done() if told is None else step >= told
             if ready and told is None:
                 self._journal.add(self._pending.number, step)
             return ready
         return True
-
-    def _look_after(self) -> bool:
-        """Whether the worker is done; one that failed is started again at once."""
-        if self._worker is None:  # not in this process, or finished before it was resumed
-            return self._store.complete(self._pending.number) if self._pending else False
-        try:
-            return self._worker.finished()
-        except WorkerFailed as failure:
-            self._try_again(failure)
-            return False
 
     def _collect(self) -> Generation | None:
         """Wait for the worker and load what it committed; None if asked to stop before.
@@ -236,52 +218,14 @@ class LiveIndex:
         The processes of a group tell each other again and again how it stands: one that waits in
         silence for longer than the group's timeout counts as dead.
         """
+        assert self._making is not None
         while True:
-            made = self._attempt() if self._store.keep else None
+            made = self._making.attempt() if self._store.keep else None
             told = self._largest(MADE if made else STOP if self._stopping() else WAIT)
             if told == MADE:
-                return made or self._checked()
+                return made or self._making.load()
             if told == STOP:
                 return None
-
-    def _attempt(self) -> Generation | None:
-        try:
-            if self._worker is not None and not self._worker.wait(LOOK):
-                return None
-            return self._checked()
-        except (WorkerFailed, UserError) as failure:
-            self._try_again(failure)
-            return None
-
-    def _checked(self) -> Generation:
-        """What the worker committed, read back: whole, of all chunks, of this encoder."""
-        assert self._pending is not None
-        made = self._store.load(self._pending.number, self._pending.fingerprint)
-        if len(made) != len(self._store.chunks):
-            raise UserError(f"it has {len(made)} of {len(self._store.chunks)} chunks")
-        return made
-
-    def _launch(self) -> None:
-        assert self._pending is not None and isinstance(self._policy, Background)
-        if self._store.keep:
-            pending = self._pending
-            self._worker = self._store.launch(
-                pending.number, self.number, pending.step, self._policy
-            )
-
-    def _try_again(self, failure: Exception) -> None:
-        assert self._pending is not None and isinstance(self._policy, Background)
-        if self._stopping():  # it may have been told to stop, too
-            return
-        self._failures += 1
-        what = f"re-index worker of generation {self._pending.number}: {failure}"
-        if self._failures > self._policy.retries:
-            raise UserError(
-                f"{what}; it was started {self._failures} times. What was trained since the last "
-                "checkpoint is lost: mend the cause and go on with resume=true"
-            )
-        logger.warning("%s; it is started again", what)
-        self._launch()
 
 
 def needed_by(state: Mapping[str, Any]) -> tuple[set[int], set[int]]:

@@ -16,6 +16,7 @@ import pytest
 
 import rag2
 import rag2_kernels
+from exact_norms import exact_norms
 from rag2 import config
 from rag2.training import checkpoint, distributed, step
 
@@ -50,6 +51,7 @@ def main(file: Path) -> None:
     spec.loader.exec_module(joint)
     for job in json.loads(file.read_text(encoding="utf-8")):
         with pytest.MonkeyPatch.context() as patch:
+            exact_norms(patch)
             if job["fault"]:
                 patch.setattr(*FAULTS[job["fault"]], lambda *_: None)
             idle: list[list[int]] = []

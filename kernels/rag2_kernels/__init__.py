@@ -1,13 +1,17 @@
-"""The scoring operations, each defined by its plain-torch twin in `reference`.
+"""The scoring operations of retrieval-augmented generation, each defined in `reference`.
 
-Importing this package needs no GPU and no driver.
+`impl="torch"` runs anywhere and never stores the logits of all rows; `impl="triton"` runs kernels
+on a GPU; `impl="auto"` takes them where the tensors are on one. Importing this package needs no
+GPU, no driver and no triton.
 """
 
 from torch import Tensor
 
-from rag2_kernels import reference
+from rag2_kernels import fused, logprob, reference
+from rag2_kernels.fused import RagLoss
+from rag2_kernels.reference import Loss
 
-__all__ = ["answer_logprob", "marginal_nll"]
+__all__ = ["Loss", "RagLoss", "answer_logprob", "marginal_nll", "rag_loss"]
 
 IMPLEMENTATIONS = ("auto", "torch")
 
@@ -22,7 +26,7 @@ def answer_logprob(
 ) -> Tensor:
     """Log-probability in nats of each label under `softmax(hidden W^T)`: see `reference`."""
     _check(impl)
-    return reference.answer_logprob(hidden_MH, weight_VH, labels_M, chunk=chunk)
+    return logprob.answer_logprob(hidden_MH, weight_VH, labels_M, chunk=chunk)
 
 
 def marginal_nll(
@@ -35,7 +39,35 @@ def marginal_nll(
 ) -> tuple[Tensor, Tensor]:
     """Loss in nats of each question and the posterior of its chunks: see `reference`."""
     _check(impl)
+    if level not in ("sequence", "token"):
+        raise ValueError(f"level must be sequence or token, not {level!r}")
     return reference.marginal_nll(scores_BK, logp_BKT, mask_BKT, level=level)
+
+
+def rag_loss(
+    hidden_MH: Tensor,
+    weight_VH: Tensor,
+    labels_M: Tensor,
+    pair_M: Tensor,
+    scores_BK: Tensor,
+    *,
+    loss: Loss = reference.marginal_nll,
+    prompts: int | None = None,
+    skip_below: float = 0.0,
+    impl: str = "auto",
+) -> RagLoss:
+    """The mean loss in nats of B questions from the output head's inputs, fused with its gradient.
+
+    `pair_M` names the prompt b S + s of each row, in order, with S = `prompts` (by default K);
+    `loss` is any loss that is separable by question. Rows of prompts whose weight in their
+    question's loss is below `skip_below` (for the marginal: their posterior) get no gradient and
+    add none to the weight's.
+    """
+    _check(impl)
+    prompts = scores_BK.shape[1] if prompts is None else prompts
+    return fused.rag_loss(
+        hidden_MH, weight_VH, labels_M, pair_M, scores_BK, loss, prompts, skip_below
+    )
 
 
 def _check(impl: str) -> None:

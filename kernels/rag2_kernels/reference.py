@@ -1,88 +1,29 @@
-"""The definition of every operation in plain torch.
+"""The definition of every operation in plain torch; slow and hungry, for tests to compare with.
 
-Letters: M answer-token rows, H hidden, V vocabulary, B questions, K retrieved chunks, T answer
-tokens. Sums, softmax and log-sum-exp are in fp32, or in fp64 when the inputs are.
+Letters: M answer-token rows, H hidden, V vocabulary, B questions, K retrieved chunks, S prompts a
+question (K, unless a loss reads others), T answer tokens. Products, sums, softmax and log-sum-exp
+are in fp32, or in fp64 when the inputs are.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-WORKSPACE = 1 << 24  # logits held at once: 64 MiB in fp32
+Loss = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""(scores_BK, logp_BST, mask_BST) -> (loss_B in nats, posterior_BK)."""
 
 
-def answer_logprob(
-    hidden_MH: Tensor, weight_VH: Tensor, labels_M: Tensor, chunk: int | None = None
-) -> Tensor:
-    """logp_M: log softmax_v(hidden_m . weight_v) at labels_m, in nats, for `chunk` rows at once.
+def answer_logprob(hidden_MH: Tensor, weight_VH: Tensor, labels_M: Tensor) -> Tensor:
+    """logp_M: log softmax_v(hidden_m . weight_v) at labels_m, in nats.
 
-    No [M, V] tensor is stored unless it fits into one chunk, by default of 2^24 logits; otherwise
-    the backward pass computes the logits again. With g = dloss/dlogp:
+    With g = dloss/dlogp:
         dlogits = g (onehot(label) - softmax);  dhidden = dlogits W;  dweight = dlogits^T hidden
     Relations: `-logp` is torch's cross_entropy without reduction.
     """
-    assert hidden_MH.ndim == weight_VH.ndim == 2 and labels_M.shape == hidden_MH.shape[:1], (
-        f"hidden {tuple(hidden_MH.shape)}, weight {tuple(weight_VH.shape)}, "
-        f"labels {tuple(labels_M.shape)}"
-    )
-    if chunk is None:
-        chunk = max(1, WORKSPACE // weight_VH.shape[0])
-    assert chunk > 0, f"chunk {chunk} must be positive"
-    # Autocast would round the fp32 products of the Function back to half precision.
-    with torch.autocast(hidden_MH.device.type, enabled=False):
-        return _AnswerLogprob.apply(hidden_MH, weight_VH, labels_M, chunk)
-
-
-class _AnswerLogprob(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, hidden_MH: Tensor, weight_VH: Tensor, labels_M: Tensor, chunk: int) -> Tensor:
-        wide = torch.promote_types(
-            torch.promote_types(hidden_MH.dtype, weight_VH.dtype), torch.float32
-        )
-        logp_M = hidden_MH.new_empty(hidden_MH.shape[0], dtype=wide)
-        lse_M = torch.empty_like(logp_M)
-        logits_CV = None
-        for rows in _chunks(len(labels_M), chunk):
-            logits_CV = _matmul(hidden_MH[rows], weight_VH.T)
-            lse_M[rows] = logits_CV.logsumexp(-1)
-            logp_M[rows] = logits_CV.gather(-1, labels_M[rows, None])[:, 0] - lse_M[rows]
-        kept = logits_CV if len(labels_M) <= chunk else None
-        ctx.chunk = chunk
-        ctx.save_for_backward(hidden_MH, weight_VH, labels_M, lse_M, kept)
-        return logp_M
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_M: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        hidden_MH, weight_VH, labels_M, lse_M, kept = ctx.saved_tensors
-        for_hidden, for_weight = ctx.needs_input_grad[:2]
-        dhidden_MH = torch.zeros_like(hidden_MH) if for_hidden else None
-        dweight_VH = torch.zeros_like(weight_VH, dtype=grad_M.dtype) if for_weight else None
-        with torch.autocast(hidden_MH.device.type, enabled=False):
-            for rows in _chunks(len(labels_M), ctx.chunk):
-                logits_CV = kept if kept is not None else _matmul(hidden_MH[rows], weight_VH.T)
-                dlogits_CV = (logits_CV - lse_M[rows, None]).exp_().mul_(-grad_M[rows, None])
-                dlogits_CV.scatter_add_(-1, labels_M[rows, None], grad_M[rows, None])
-                if dhidden_MH is not None:
-                    dlogits = dlogits_CV.to(weight_VH.dtype)
-                    dhidden_MH[rows] = _matmul(dlogits, weight_VH).to(hidden_MH.dtype)
-                if dweight_VH is not None:
-                    dweight_VH += _matmul(dlogits_CV.to(hidden_MH.dtype).T, hidden_MH[rows])
-        if dweight_VH is not None:
-            dweight_VH = dweight_VH.to(weight_VH.dtype)
-        return dhidden_MH, dweight_VH, None, None
-
-
-def _chunks(rows: int, chunk: int) -> list[slice]:
-    return [slice(start, start + chunk) for start in range(0, rows, chunk)]
-
-
-def _matmul(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b summed and returned in fp32 (fp64 for fp64), whatever the dtypes of the inputs."""
-    if a.is_cuda and a.dtype == b.dtype and a.dtype in (torch.bfloat16, torch.float16):
-        return torch.mm(a, b, out_dtype=torch.float32)  # tensor cores, no fp32 copy of the weight
-    wide = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
-    return a.to(wide) @ b.to(wide)
+    wide = promoted(hidden_MH, weight_VH)
+    logits_MV = hidden_MH.to(wide) @ weight_VH.to(wide).T
+    return logits_MV.log_softmax(-1).gather(-1, labels_M[:, None])[:, 0]
 
 
 def marginal_nll(
@@ -99,8 +40,7 @@ def marginal_nll(
     stands under a false mask, NaN included, is ignored. The posterior carries no gradient.
     Relations: K = 1 is the cross-entropy of the answer; equal for both levels when T = 1.
     """
-    assert level in ("sequence", "token"), f"level {level!r} is neither 'sequence' nor 'token'"
-    wide = torch.promote_types(scores_BK.dtype, torch.promote_types(logp_BKT.dtype, torch.float32))
+    wide = promoted(scores_BK, logp_BKT)
     alive_BK = scores_BK > -torch.inf
     used_BKT = mask_BKT.bool() & alive_BK[..., None]
     logp_BKT = torch.where(used_BKT, logp_BKT, 0).to(wide)
@@ -115,3 +55,39 @@ def marginal_nll(
     posterior_BKS = joint_BKS.detach().softmax(1) * used_BS[:, None]
     posterior_BK = posterior_BKS.sum(-1) / used_BS.sum(-1, keepdim=True).clamp_min(1)
     return loss_B, posterior_BK
+
+
+def rag_loss(
+    hidden_MH: Tensor,
+    weight_VH: Tensor,
+    labels_M: Tensor,
+    pair_M: Tensor,
+    scores_BK: Tensor,
+    loss: Loss,
+    prompts: int,
+) -> tuple[Tensor, Tensor]:
+    """Loss_B in nats and posterior_BK of `loss` on the rows' log-probabilities.
+
+    Row m belongs to prompt `pair_M[m]` = b S + s; a prompt's rows are its answer's tokens in order.
+    """
+    logp_M = answer_logprob(hidden_MH, weight_VH, labels_M)
+    logp_BST, mask_BST = padded(logp_M, pair_M, len(scores_BK), prompts)
+    return loss(scores_BK, logp_BST, mask_BST)
+
+
+def padded(logp_M: Tensor, pair_M: Tensor, questions: int, prompts: int) -> tuple[Tensor, Tensor]:
+    """Rows in the order of their prompts -> logp_BST, padded with 0, and its mask_BST."""
+    counts_R = torch.bincount(pair_M, minlength=questions * prompts)
+    steps_T = torch.arange(int(counts_R.max()) if len(pair_M) else 0, device=pair_M.device)
+    mask_RT = steps_T < counts_R[:, None]
+    logp_RT = logp_M.new_zeros(mask_RT.shape).masked_scatter(mask_RT, logp_M)
+    shape = (questions, prompts, len(steps_T))
+    return logp_RT.view(shape), mask_RT.view(shape)
+
+
+def promoted(*tensors: Tensor) -> torch.dtype:
+    """The dtype of the sums: fp64 if an input has it, else fp32."""
+    dtype = torch.float32
+    for tensor in tensors:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype

@@ -1,0 +1,168 @@
+"""hidden + weight + labels + scores -> the loss of whole questions, with gradients, in one pass.
+
+A loss of retrieval-augmented generation weighs every row by what it learns from all rows of the
+question: the posterior of the row's chunk. A head that knows which rows are one question's can
+close the loss inside a chunk of rows, while their logits are still there. It computes logits once,
+where per-row weights from outside cost a second time (6 instead of 8 MHV operations forward and
+backward), and prompts that weigh nothing are left out: 2 + 4 f, f the share of rows kept.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from rag2_kernels.logprob import answer_logprob, check_rows, chunks
+from rag2_kernels.reference import Loss, padded, promoted
+from rag2_kernels.rows import WORKSPACE, Rows
+
+
+class RagLoss(NamedTuple):
+    """The mean over questions in nats, with gradient; the rest carries none."""
+
+    loss: Tensor
+    loss_B: Tensor
+    posterior_BK: Tensor
+    kept: Tensor  # the share f of rows that went through the backward pass
+
+
+def rag_loss(
+    hidden_MH: Tensor,
+    weight_VH: Tensor,
+    labels_M: Tensor,
+    pair_M: Tensor,
+    scores_BK: Tensor,
+    loss: Loss,
+    prompts: int,
+    skip_below: float,
+) -> RagLoss:
+    """As `reference.rag_loss`, its mean, with at most 2^23 logits or one question's at once."""
+    check_rows(hidden_MH, weight_VH, labels_M)
+    if pair_M.shape != labels_M.shape or bool((pair_M.diff() < 0).any()):
+        raise ValueError("pair [M] must name the prompt b S + s of each row, in order")
+    if len(pair_M) and int(pair_M[-1]) >= len(scores_BK) * prompts:
+        raise ValueError(f"pair names prompt {int(pair_M[-1])} of {len(scores_BK) * prompts}")
+    with torch.autocast(hidden_MH.device.type, enabled=False):
+        return RagLoss(
+            *_RagLoss.apply(
+                hidden_MH, weight_VH, labels_M, pair_M, scores_BK, loss, prompts, skip_below
+            )
+        )
+
+
+class _RagLoss(torch.autograd.Function):
+    """The gradients are ready when the loss is; backward scales them."""
+
+    @staticmethod
+    def forward(
+        ctx,
+        hidden_MH: Tensor,
+        weight_VH: Tensor,
+        labels_M: Tensor,
+        pair_M: Tensor,
+        scores_BK: Tensor,
+        loss: Loss,
+        prompts: int,
+        skip_below: float,
+    ) -> tuple[Tensor, ...]:
+        wide = promoted(hidden_MH, weight_VH)
+        for_hidden, for_weight = ctx.needs_input_grad[:2]
+        dhidden_MH = torch.zeros_like(hidden_MH) if for_hidden else None
+        dweight_VH = torch.zeros_like(weight_VH, dtype=wide) if for_weight else None
+        dscores_BK = torch.zeros_like(scores_BK)
+        questions = len(scores_BK)
+        ends_B = torch.bincount(pair_M // prompts, minlength=questions).cumsum(0).tolist()
+        results, kept = [], 0
+        for first, last in _whole_questions(ends_B, max(1, WORKSPACE // len(weight_VH))):
+            some = slice(ends_B[first - 1] if first else 0, ends_B[last - 1])
+            group = _Group(hidden_MH[some], weight_VH, labels_M[some])
+            scores_bK = scores_BK[first:last].detach().requires_grad_()
+            pair_C = pair_M[some] - first * prompts
+            loss_b, posterior_bK, grad_C = _closed(group.logp_C, pair_C, scores_bK, loss, prompts)
+            if scores_bK.grad is not None:
+                dscores_BK[first:last] = scores_bK.grad
+            results.append((loss_b, posterior_bK))
+            felt_C = _felt(grad_C, pair_C, (last - first) * prompts, skip_below)
+            kept += int(felt_C.sum())
+            into = None if dhidden_MH is None else dhidden_MH[some]
+            if into is not None or dweight_VH is not None:
+                group.backward(grad_C, felt_C, into, dweight_VH)
+        loss_B, posterior_BK = (torch.cat(part) for part in zip(*results, strict=True))
+        kept_share = loss_B.new_tensor(kept / max(1, len(labels_M)))
+        ctx.questions, ctx.weight_dtype = questions, weight_VH.dtype
+        ctx.save_for_backward(dhidden_MH, dweight_VH, dscores_BK)
+        ctx.mark_non_differentiable(loss_B, posterior_BK, kept_share)
+        return loss_B.mean(), loss_B, posterior_BK, kept_share
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad, *_):  # pyright: ignore[reportIncompatibleMethodOverride]
+        share = grad / ctx.questions
+        dhidden_MH, dweight_VH, dscores_BK = (
+            None if d is None else d * share for d in ctx.saved_tensors
+        )
+        if dweight_VH is not None:
+            dweight_VH = dweight_VH.to(ctx.weight_dtype)
+        return dhidden_MH, dweight_VH, None, None, dscores_BK, None, None, None
+
+
+class _Group:
+    """The rows of some whole questions, their logits held if there is room, else computed again."""
+
+    def __init__(self, hidden_CH: Tensor, weight_VH: Tensor, labels_C: Tensor) -> None:
+        self.hidden_CH, self.weight_VH, self.labels_C = hidden_CH, weight_VH, labels_C
+        self.chunk = max(1, WORKSPACE // len(weight_VH))
+        self.rows = None
+        if len(labels_C) <= self.chunk:
+            self.rows = Rows.of(hidden_CH, weight_VH, labels_C)
+            self.logp_C = self.rows.logp_C
+        else:
+            with torch.no_grad():
+                self.logp_C = answer_logprob(hidden_CH, weight_VH, labels_C, self.chunk)
+
+    def backward(
+        self, grad_C: Tensor, felt_C: Tensor, into_CH: Tensor | None, dweight_VH: Tensor | None
+    ) -> None:
+        """Write the gradients of the rows that are felt; the others' stay as they are."""
+        felt_R = felt_C.nonzero()[:, 0]
+        for some in chunks(len(felt_R), self.chunk):
+            picked = felt_R[some]
+            if self.rows is None:
+                rows = Rows.of(self.hidden_CH[picked], self.weight_VH, self.labels_C[picked])
+            else:
+                rows = self.rows if len(picked) == len(felt_C) else self.rows.take(picked)
+            drows_RH = None if into_CH is None else torch.empty_like(rows.hidden_CH)
+            rows.backward(grad_C[picked], drows_RH, dweight_VH)
+            if into_CH is not None and drows_RH is not None:
+                into_CH[picked] = drows_RH
+
+
+def _closed(
+    logp_C: Tensor, pair_C: Tensor, scores_bK: Tensor, loss: Loss, prompts: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss_b, posterior_bK, dloss/dlogp_C); the scores' gradient is left in their `.grad`."""
+    with torch.enable_grad():
+        logp_C = logp_C.detach().requires_grad_()
+        logp_bST, mask_bST = padded(logp_C, pair_C, len(scores_bK), prompts)
+        loss_b, posterior_bK = loss(scores_bK, logp_bST, mask_bST)
+        if loss_b.requires_grad:
+            loss_b.sum().backward()
+    grad_C = logp_C.grad if logp_C.grad is not None else torch.zeros_like(logp_C)
+    return loss_b.detach(), posterior_bK.detach(), grad_C
+
+
+def _felt(grad_C: Tensor, pair_C: Tensor, prompts: int, skip_below: float) -> Tensor:
+    """Whether a row's prompt weighs anything, and enough, in its question's loss: [C]."""
+    weight_R = grad_C.new_zeros(prompts).scatter_reduce_(0, pair_C, grad_C.abs(), "amax")
+    return ((weight_R > 0) & (weight_R >= skip_below))[pair_C]
+
+
+def _whole_questions(ends_B: list[int], rows: int) -> list[tuple[int, int]]:
+    """(first, last) questions of each chunk: at most so many rows, or one question."""
+    groups, first, start = [], 0, 0
+    for question, end in enumerate(ends_B):
+        if question > first and end - start > rows:
+            groups.append((first, question))
+            first, start = question, ends_B[question - 1]
+    return [*groups, (first, len(ends_B))]

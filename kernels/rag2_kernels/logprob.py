@@ -1,0 +1,75 @@
+"""hidden + weight + labels -> log-probabilities of the labels, without the logits of all rows."""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from rag2_kernels.reference import promoted
+from rag2_kernels.rows import WORKSPACE, Rows
+
+
+def answer_logprob(
+    hidden_MH: Tensor, weight_VH: Tensor, labels_M: Tensor, chunk: int | None = None
+) -> Tensor:
+    """As `reference.answer_logprob`, for `chunk` rows at once (by default 2^23 logits).
+
+    No [M, V] tensor is stored unless it fits into one chunk; otherwise the backward pass computes
+    the logits again.
+    """
+    check_rows(hidden_MH, weight_VH, labels_M)
+    if chunk is None:
+        chunk = max(1, WORKSPACE // weight_VH.shape[0])
+    if chunk < 1:
+        raise ValueError(f"chunk={chunk} must be positive")
+    # Autocast would round the fp32 products of the Function back to half precision.
+    with torch.autocast(hidden_MH.device.type, enabled=False):
+        return _AnswerLogprob.apply(hidden_MH, weight_VH, labels_M, chunk)
+
+
+def check_rows(hidden_MH: Tensor, weight_VH: Tensor, labels_M: Tensor) -> None:
+    """ValueError for shapes that do not belong together."""
+    if hidden_MH.ndim != 2 or weight_VH.ndim != 2 or labels_M.shape != hidden_MH.shape[:1]:
+        raise ValueError(
+            "hidden [M, H], weight [V, H] and labels [M] are needed, not "
+            f"{tuple(hidden_MH.shape)}, {tuple(weight_VH.shape)} and {tuple(labels_M.shape)}"
+        )
+    if hidden_MH.shape[1] != weight_VH.shape[1]:
+        raise ValueError(f"hidden has H={hidden_MH.shape[1]}, weight H={weight_VH.shape[1]}")
+
+
+class _AnswerLogprob(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden_MH: Tensor, weight_VH: Tensor, labels_M: Tensor, chunk: int) -> Tensor:
+        logp_M = hidden_MH.new_empty(len(labels_M), dtype=promoted(hidden_MH, weight_VH))
+        rows = None
+        for some in chunks(len(labels_M), chunk):
+            rows = Rows.of(hidden_MH[some], weight_VH, labels_M[some])
+            logp_M[some] = rows.logp_C
+        ctx.chunk = chunk
+        kept = (rows.exp_CV, rows.total_C) if rows and len(labels_M) <= chunk else (None, None)
+        ctx.save_for_backward(hidden_MH, weight_VH, labels_M, logp_M, *kept)
+        return logp_M
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_M: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        hidden_MH, weight_VH, labels_M, logp_M, *kept = ctx.saved_tensors
+        for_hidden, for_weight = ctx.needs_input_grad[:2]
+        dhidden_MH = torch.zeros_like(hidden_MH) if for_hidden else None
+        dweight_VH = torch.zeros_like(weight_VH, dtype=grad_M.dtype) if for_weight else None
+        with torch.autocast(hidden_MH.device.type, enabled=False):
+            for some in chunks(len(labels_M), ctx.chunk):
+                if kept[0] is None:
+                    rows = Rows.of(hidden_MH[some], weight_VH, labels_M[some])
+                else:
+                    rows = Rows(hidden_MH, weight_VH, labels_M, kept[0], kept[1], logp_M)
+                into = None if dhidden_MH is None else dhidden_MH[some]
+                rows.backward(grad_M[some], into, dweight_VH)
+        if dweight_VH is not None:
+            dweight_VH = dweight_VH.to(weight_VH.dtype)
+        return dhidden_MH, dweight_VH, None, None
+
+
+def chunks(rows: int, chunk: int) -> list[slice]:
+    """Slices of at most `chunk` rows."""
+    return [slice(start, start + chunk) for start in range(0, rows, chunk)]

@@ -1,0 +1,79 @@
+"""Rows of logits z = h W^T, some at a time: log-probabilities, then gradients from the same rows.
+
+C rows of a chunk, H hidden, V vocabulary. The exponentials exp(z - max z) of a chunk are the only
+[C, V] tensor; the gradient of the logits, g (onehot - softmax), is never stored. With E the
+exponentials, t their sum over V and a = g / t:
+    dh = g W[label] - a (E W);    dW = -E^T (a h), plus g h added to the rows of the labels
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rag2_kernels.reference import promoted
+
+WORKSPACE = 1 << 23  # logits held at once: 32 MiB in fp32
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """The log-probabilities logp_C of C rows' labels, and what their gradients need."""
+
+    hidden_CH: Tensor
+    weight_VH: Tensor
+    labels_C: Tensor
+    exp_CV: Tensor
+    total_C: Tensor
+    logp_C: Tensor
+
+    @classmethod
+    def of(cls, hidden_CH: Tensor, weight_VH: Tensor, labels_C: Tensor) -> "Rows":
+        """Their logits, exponentials and log-probabilities."""
+        exp_CV = product(hidden_CH, weight_VH.T)
+        most_C1 = exp_CV.amax(-1, keepdim=True)
+        label_C = exp_CV.gather(-1, labels_C[:, None])[:, 0]
+        exp_CV.sub_(most_C1).exp_()
+        total_C = exp_CV.sum(-1)
+        logp_C = label_C - most_C1[:, 0] - total_C.log()
+        return cls(hidden_CH, weight_VH, labels_C, exp_CV, total_C, logp_C)
+
+    def backward(
+        self, grad_C: Tensor, dhidden_CH: Tensor | None, dweight_VH: Tensor | None
+    ) -> None:
+        """Write the gradient of the rows and add that of the weight, given dloss/dlogp."""
+        scaled_C1 = (grad_C / self.total_C)[:, None]
+        exp_CV = self.exp_CV.to(self.weight_VH.dtype)
+        if dhidden_CH is not None:
+            own_CH = grad_C[:, None] * self.weight_VH[self.labels_C]
+            dhidden_CH.copy_(own_CH - scaled_C1 * product(exp_CV, self.weight_VH))
+        if dweight_VH is not None:
+            pulled_CH = (scaled_C1 * self.hidden_CH).to(exp_CV.dtype)
+            add_product(dweight_VH, exp_CV.T, pulled_CH, alpha=-1)
+            own_CH = (grad_C[:, None] * self.hidden_CH).to(dweight_VH.dtype)
+            dweight_VH.index_add_(0, self.labels_C, own_CH)
+
+    def take(self, some_R: Tensor) -> "Rows":
+        """Some of the rows."""
+        per_row = (self.labels_C, self.exp_CV, self.total_C, self.logp_C)
+        return Rows(self.hidden_CH[some_R], self.weight_VH, *(x[some_R] for x in per_row))
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b summed and returned in fp32 (fp64 for fp64), whatever the dtypes of the inputs."""
+    if _tensor_cores(a, b):
+        return torch.mm(a, b, out_dtype=torch.float32)  # no fp32 copy of the weight
+    wide = promoted(a, b)
+    return a.to(wide) @ b.to(wide)
+
+
+def add_product(into: Tensor, a: Tensor, b: Tensor, alpha: float) -> None:
+    """into += alpha a @ b, without a second tensor of its size where the dtypes allow it."""
+    if a.dtype == b.dtype == into.dtype:
+        into.addmm_(a, b, alpha=alpha)
+    else:
+        into.add_(product(a, b), alpha=alpha)
+
+
+def _tensor_cores(a: Tensor, b: Tensor) -> bool:
+    return a.is_cuda and a.dtype == b.dtype and a.dtype in (torch.bfloat16, torch.float16)

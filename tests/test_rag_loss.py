@@ -1,0 +1,135 @@
+"""The head fused with the loss: the definition's values and gradients, and what is skipped."""
+
+import pytest
+import torch
+
+import rag2_kernels
+from rag2.losses.emdr2 import EMDR2
+from rag2.losses.hard_em import HardEM
+from rag2.losses.loop import LOOP
+from rag2.losses.marginal import Marginal
+from rag2.losses.pdist import PDist
+from rag2_kernels import fused, logprob, rag_loss, reference
+
+pytestmark = pytest.mark.usefixtures("seed")
+
+LOSSES = [Marginal(), Marginal(level="token"), Marginal(level="mean"), HardEM(), EMDR2()]
+LOSSES += [PDist(), LOOP()]
+
+
+def inputs(questions=6, chunks=4, prompts=4, longest=5, hidden=7, vocabulary=31):
+    """Ragged answers, as many tokens under each prompt of a question."""
+    counts_B = torch.randint(1, longest + 1, (questions,))
+    pair_M = torch.arange(questions * prompts).repeat_interleave(
+        counts_B.repeat_interleave(prompts)
+    )
+    rows = len(pair_M)
+    hidden_MH = torch.randn(rows, hidden, dtype=torch.float64).requires_grad_()
+    weight_VH = torch.randn(vocabulary, hidden, dtype=torch.float64).requires_grad_()
+    scores_BK = (2 * torch.randn(questions, chunks, dtype=torch.float64)).requires_grad_()
+    return hidden_MH, weight_VH, torch.randint(vocabulary, (rows,)), pair_M, scores_BK
+
+
+def defined(hidden_MH, weight_VH, labels_M, pair_M, scores_BK, loss, prompts):
+    """The definition's mean loss and its gradients."""
+    loss_B, posterior_BK = reference.rag_loss(
+        hidden_MH, weight_VH, labels_M, pair_M, scores_BK, loss, prompts
+    )
+    leaves = (hidden_MH, weight_VH, scores_BK)
+    gradients = torch.autograd.grad(loss_B.mean(), leaves, allow_unused=True)
+    return loss_B, posterior_BK, gradients
+
+
+@pytest.mark.parametrize("workspace", [1, 200, 10**9])
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: f"{loss.name}-{loss.model_dump_json()}")
+def test_every_separable_loss_is_the_definition_s_in_value_and_gradient(
+    loss, workspace, monkeypatch
+):
+    for module in (fused, logprob):
+        monkeypatch.setattr(module, "WORKSPACE", workspace)
+    prompts = len(loss.subsets(4))
+    given = inputs(prompts=prompts)
+    loss_B, posterior_BK, wanted = defined(*given, loss, prompts)
+    got = rag_loss(*given, loss=loss, prompts=prompts)
+    torch.testing.assert_close(got.loss_B, loss_B.detach(), rtol=0, atol=1e-10)
+    torch.testing.assert_close(got.loss, loss_B.mean(), rtol=0, atol=1e-10)
+    torch.testing.assert_close(got.posterior_BK, posterior_BK.detach(), rtol=0, atol=1e-12)
+    leaves = (given[0], given[1], given[4])
+    for a, b in zip(torch.autograd.grad(3 * got.loss, leaves), wanted, strict=True):
+        b = torch.zeros_like(a) if b is None else b
+        torch.testing.assert_close(a, 3 * b, rtol=0, atol=1e-10)
+
+
+def test_the_fused_loss_passes_gradcheck_in_double():
+    hidden_MH, weight_VH, labels_M, pair_M, scores_BK = inputs(2, 2, 2, 2, 3, 5)
+    assert torch.autograd.gradcheck(
+        lambda h, w, s: rag_loss(h, w, labels_M, pair_M, s).loss,
+        (hidden_MH, weight_VH, scores_BK),
+        atol=1e-6,
+    )
+
+
+@pytest.mark.parametrize("workspace", [1, 10**9])
+def test_prompts_below_the_bound_get_no_gradient_and_the_others_theirs(workspace, monkeypatch):
+    for module in (fused, logprob):
+        monkeypatch.setattr(module, "WORKSPACE", workspace)
+    given = inputs(questions=20)
+    hidden_MH, weight_VH, labels_M, pair_M, scores_BK = given
+    _, posterior_BK, (dhidden_MH, _, dscores_BK) = defined(*given, Marginal(), 4)
+    got = rag_loss(*given, skip_below=0.1)
+    felt_M = posterior_BK.flatten()[pair_M] >= 0.1
+    assert felt_M.any() and not felt_M.all()
+    assert float(got.kept) == pytest.approx(float(felt_M.double().mean()))
+    a, b, c = torch.autograd.grad(got.loss, (hidden_MH, weight_VH, scores_BK))
+    torch.testing.assert_close(a[felt_M], dhidden_MH[felt_M], rtol=0, atol=1e-12)
+    assert not a[~felt_M].any()
+    torch.testing.assert_close(c, dscores_BK, rtol=0, atol=1e-12)
+    # The weight's gradient is that of the rows that are left, each weighed as before.
+    weight_M = -(posterior_BK.flatten()[pair_M] * felt_M) / 20
+    logp_M = reference.answer_logprob(hidden_MH, weight_VH, labels_M)
+    (wanted_VH,) = torch.autograd.grad((weight_M.detach() * logp_M).sum(), weight_VH)
+    torch.testing.assert_close(b, wanted_VH, rtol=0, atol=1e-12)
+
+
+def test_a_frozen_half_gets_nothing_and_costs_the_other_nothing():
+    hidden_MH, weight_VH, labels_M, pair_M, scores_BK = inputs()
+    frozen = weight_VH.detach()
+    got = rag_loss(hidden_MH, frozen, labels_M, pair_M, scores_BK)
+    full = rag_loss(hidden_MH, weight_VH, labels_M, pair_M, scores_BK)
+    a, b = (torch.autograd.grad(r.loss, (hidden_MH, scores_BK)) for r in (got, full))
+    assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+    silent = rag_loss(hidden_MH.detach(), frozen, labels_M, pair_M, scores_BK.detach())
+    assert not silent.loss.requires_grad and torch.equal(silent.loss, full.loss)
+
+
+def test_half_precision_rows_are_as_exact_as_plain_torch_makes_them():
+    given = [x.detach() for x in inputs(questions=8, hidden=64, vocabulary=301)]
+    given[0], given[1] = given[0] / 4, given[1] / 2
+    half = [given[0].bfloat16(), given[1].bfloat16(), given[2], given[3], given[4].float()]
+    for some in (given, half):
+        for i in (0, 1, 4):
+            some[i].requires_grad_()
+    truth = [half[0].double(), half[1].double(), half[2], half[3], half[4].double()]
+    truth = [x.detach().requires_grad_(x.is_floating_point()) for x in truth]
+    _, _, wanted = defined(*truth, Marginal(), 4)
+    logits_MV = half[0] @ half[1].T  # what a user writes, in bfloat16
+    logp_M = logits_MV.float().log_softmax(-1).gather(-1, half[2][:, None])[:, 0]
+    plain_B, _ = Marginal()(half[4], *reference.padded(logp_M, half[3], 8, 4))
+    leaves = (half[0], half[1], half[4])
+    plain = torch.autograd.grad(plain_B.mean(), leaves)
+    got = torch.autograd.grad(rag_loss(*half).loss, leaves)
+    for a, b, true in zip(got, plain, wanted, strict=True):
+        assert a.dtype == b.dtype
+        assert (a - true).norm() <= 1.5 * (b - true).norm() + 1e-6 * true.norm()
+
+
+def test_rows_out_of_order_and_prompts_out_of_range_are_refused():
+    hidden_MH, weight_VH, labels_M, pair_M, scores_BK = inputs()
+    with pytest.raises(ValueError, match="in order"):
+        rag_loss(hidden_MH, weight_VH, labels_M, pair_M.flip(0), scores_BK)
+    with pytest.raises(ValueError, match="prompt 23 of 20"):
+        rag_loss(hidden_MH, weight_VH, labels_M, pair_M, scores_BK[:5])
+    with pytest.raises(ValueError, match="H=7.*H=6"):
+        rag_loss(hidden_MH, weight_VH[:, :6], labels_M, pair_M, scores_BK)
+    with pytest.raises(ValueError, match="impl"):
+        rag2_kernels.rag_loss(hidden_MH, weight_VH, labels_M, pair_M, scores_BK, impl="cuda")

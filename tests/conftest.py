@@ -1,6 +1,7 @@
 """What tests share: seeds, tokenizers, a small almanac on disk, random models for it, recipes."""
 
 import importlib.util
+import os
 import random
 import secrets
 from collections.abc import Callable
@@ -11,6 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+
+# Without a GPU, triton's kernels run in its interpreter, which they choose when they are defined.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 from joint_gradients import Batch
 from rag2 import config, pipeline

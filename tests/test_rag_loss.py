@@ -9,7 +9,8 @@ from rag2.losses.hard_em import HardEM
 from rag2.losses.loop import LOOP
 from rag2.losses.marginal import Marginal
 from rag2.losses.pdist import PDist
-from rag2_kernels import fused, logprob, rag_loss, reference
+from rag2_kernels import rag_loss, reference
+from rag2_kernels.rows import Rows
 
 pytestmark = pytest.mark.usefixtures("seed")
 
@@ -45,8 +46,7 @@ def defined(hidden_MH, weight_VH, labels_M, pair_M, scores_BK, loss, prompts):
 def test_every_separable_loss_is_the_definition_s_in_value_and_gradient(
     loss, workspace, monkeypatch
 ):
-    for module in (fused, logprob):
-        monkeypatch.setattr(module, "WORKSPACE", workspace)
+    monkeypatch.setattr(Rows, "room", workspace)
     prompts = len(loss.subsets(4))
     given = inputs(prompts=prompts)
     loss_B, posterior_BK, wanted = defined(*given, loss, prompts)
@@ -71,8 +71,7 @@ def test_the_fused_loss_passes_gradcheck_in_double():
 
 @pytest.mark.parametrize("workspace", [1, 10**9])
 def test_prompts_below_the_bound_get_no_gradient_and_the_others_theirs(workspace, monkeypatch):
-    for module in (fused, logprob):
-        monkeypatch.setattr(module, "WORKSPACE", workspace)
+    monkeypatch.setattr(Rows, "room", workspace)
     given = inputs(questions=20)
     hidden_MH, weight_VH, labels_M, pair_M, scores_BK = given
     _, posterior_BK, (dhidden_MH, _, dscores_BK) = defined(*given, Marginal(), 4)

@@ -5,15 +5,18 @@ on a GPU; `impl="auto"` takes them where the tensors are on one. Importing this 
 GPU, no driver and no triton.
 """
 
+from importlib.util import find_spec
+
 from torch import Tensor
 
 from rag2_kernels import fused, logprob, reference
 from rag2_kernels.fused import RagLoss
 from rag2_kernels.reference import Loss
+from rag2_kernels.rows import Rows
 
 __all__ = ["Loss", "RagLoss", "answer_logprob", "marginal_nll", "rag_loss"]
 
-IMPLEMENTATIONS = ("auto", "torch")
+IMPLEMENTATIONS = ("auto", "torch", "triton")
 
 
 def answer_logprob(
@@ -25,8 +28,8 @@ def answer_logprob(
     impl: str = "auto",
 ) -> Tensor:
     """Log-probability in nats of each label under `softmax(hidden W^T)`: see `reference`."""
-    _check(impl)
-    return logprob.answer_logprob(hidden_MH, weight_VH, labels_M, chunk=chunk)
+    rows = _rows(impl, hidden_MH)
+    return logprob.answer_logprob(hidden_MH, weight_VH, labels_M, chunk, rows)
 
 
 def marginal_nll(
@@ -38,10 +41,13 @@ def marginal_nll(
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Loss in nats of each question and the posterior of its chunks: see `reference`."""
-    _check(impl)
     if level not in ("sequence", "token"):
         raise ValueError(f"level must be sequence or token, not {level!r}")
-    return reference.marginal_nll(scores_BK, logp_BKT, mask_BKT, level=level)
+    if not _triton(impl, scores_BK):
+        return reference.marginal_nll(scores_BK, logp_BKT, mask_BKT, level)
+    from rag2_kernels.gpu import marginal
+
+    return marginal.marginal_nll(scores_BK, logp_BKT, mask_BKT, level)
 
 
 def rag_loss(
@@ -63,13 +69,33 @@ def rag_loss(
     question's loss is below `skip_below` (for the marginal: their posterior) get no gradient and
     add none to the weight's.
     """
-    _check(impl)
     prompts = scores_BK.shape[1] if prompts is None else prompts
-    return fused.rag_loss(
-        hidden_MH, weight_VH, labels_M, pair_M, scores_BK, loss, prompts, skip_below
-    )
+    given = (hidden_MH, weight_VH, labels_M, pair_M, scores_BK)
+    return fused.rag_loss(*given, loss, prompts, skip_below, _rows(impl, hidden_MH))
 
 
-def _check(impl: str) -> None:
+def _rows(impl: str, tensor: Tensor) -> type[Rows]:
+    if not _triton(impl, tensor):
+        return Rows
+    from rag2_kernels.gpu import linear
+
+    return linear.Rows
+
+
+def _triton(impl: str, tensor: Tensor) -> bool:
+    """Whether the kernels are to run; raises ValueError, RuntimeError where they cannot."""
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl must be one of {', '.join(IMPLEMENTATIONS)}, not {impl!r}")
+    installed = find_spec("triton") is not None
+    if impl != "triton":
+        return impl == "auto" and tensor.is_cuda and installed
+    if not installed:
+        raise RuntimeError("impl='triton': triton is not installed; impl='torch' runs anywhere")
+    from rag2_kernels.gpu.launch import interpreted
+
+    if not (tensor.is_cuda or interpreted()):
+        raise RuntimeError(
+            f"impl='triton' needs tensors on a GPU, not on {tensor.device} (or TRITON_INTERPRET=1, "
+            "set before triton is imported, to run its interpreter)"
+        )
+    return True

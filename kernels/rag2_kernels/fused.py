@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from rag2_kernels.logprob import answer_logprob, check_rows, chunks
 from rag2_kernels.reference import Loss, padded, promoted
-from rag2_kernels.rows import WORKSPACE, Rows
+from rag2_kernels.rows import Rows
 
 
 class RagLoss(NamedTuple):
@@ -36,19 +36,19 @@ def rag_loss(
     loss: Loss,
     prompts: int,
     skip_below: float,
+    rows: type[Rows] = Rows,
 ) -> RagLoss:
-    """As `reference.rag_loss`, its mean, with at most 2^23 logits or one question's at once."""
+    """As `reference.rag_loss`, its mean, with at most `rows.room` logits at once."""
     check_rows(hidden_MH, weight_VH, labels_M)
     if pair_M.shape != labels_M.shape or bool((pair_M.diff() < 0).any()):
         raise ValueError("pair [M] must name the prompt b S + s of each row, in order")
+    if not len(scores_BK):
+        raise ValueError("there are no questions")
     if len(pair_M) and int(pair_M[-1]) >= len(scores_BK) * prompts:
         raise ValueError(f"pair names prompt {int(pair_M[-1])} of {len(scores_BK) * prompts}")
     with torch.autocast(hidden_MH.device.type, enabled=False):
-        return RagLoss(
-            *_RagLoss.apply(
-                hidden_MH, weight_VH, labels_M, pair_M, scores_BK, loss, prompts, skip_below
-            )
-        )
+        given = (hidden_MH, weight_VH, labels_M, pair_M, scores_BK)
+        return RagLoss(*_RagLoss.apply(*given, loss, prompts, skip_below, rows))
 
 
 class _RagLoss(torch.autograd.Function):
@@ -65,6 +65,7 @@ class _RagLoss(torch.autograd.Function):
         loss: Loss,
         prompts: int,
         skip_below: float,
+        rows: type[Rows],
     ) -> tuple[Tensor, ...]:
         wide = promoted(hidden_MH, weight_VH)
         for_hidden, for_weight = ctx.needs_input_grad[:2]
@@ -74,9 +75,9 @@ class _RagLoss(torch.autograd.Function):
         questions = len(scores_BK)
         ends_B = torch.bincount(pair_M // prompts, minlength=questions).cumsum(0).tolist()
         results, kept = [], 0
-        for first, last in _whole_questions(ends_B, max(1, WORKSPACE // len(weight_VH))):
+        for first, last in _whole_questions(ends_B, rows.room // len(weight_VH)):
             some = slice(ends_B[first - 1] if first else 0, ends_B[last - 1])
-            group = _Group(hidden_MH[some], weight_VH, labels_M[some])
+            group = _Group(hidden_MH[some], weight_VH, labels_M[some], rows)
             scores_bK = scores_BK[first:last].detach().requires_grad_()
             pair_C = pair_M[some] - first * prompts
             loss_b, posterior_bK, grad_C = _closed(group.logp_C, pair_C, scores_bK, loss, prompts)
@@ -104,32 +105,34 @@ class _RagLoss(torch.autograd.Function):
         )
         if dweight_VH is not None:
             dweight_VH = dweight_VH.to(ctx.weight_dtype)
-        return dhidden_MH, dweight_VH, None, None, dscores_BK, None, None, None
+        return dhidden_MH, dweight_VH, None, None, dscores_BK, None, None, None, None
 
 
 class _Group:
     """The rows of some whole questions, their logits held if there is room, else computed again."""
 
-    def __init__(self, hidden_CH: Tensor, weight_VH: Tensor, labels_C: Tensor) -> None:
-        self.hidden_CH, self.weight_VH, self.labels_C = hidden_CH, weight_VH, labels_C
-        self.chunk = max(1, WORKSPACE // len(weight_VH))
-        self.rows = None
-        if len(labels_C) <= self.chunk:
-            self.rows = Rows.of(hidden_CH, weight_VH, labels_C)
-            self.logp_C = self.rows.logp_C
-        else:
+    def __init__(
+        self, hidden_CH: Tensor, weight_VH: Tensor, labels_C: Tensor, rows: type[Rows]
+    ) -> None:
+        self.given, self.make = (hidden_CH, weight_VH, labels_C), rows
+        self.chunk = max(1, rows.room // len(weight_VH))
+        self.rows = rows.of(*self.given) if len(labels_C) <= self.chunk else None
+        if self.rows is None:
             with torch.no_grad():
-                self.logp_C = answer_logprob(hidden_CH, weight_VH, labels_C, self.chunk)
+                self.logp_C = answer_logprob(*self.given, self.chunk, rows)
+        else:
+            self.logp_C = self.rows.logp_C
 
     def backward(
         self, grad_C: Tensor, felt_C: Tensor, into_CH: Tensor | None, dweight_VH: Tensor | None
     ) -> None:
         """Write the gradients of the rows that are felt; the others' stay as they are."""
         felt_R = felt_C.nonzero()[:, 0]
+        hidden_CH, weight_VH, labels_C = self.given
         for some in chunks(len(felt_R), self.chunk):
             picked = felt_R[some]
             if self.rows is None:
-                rows = Rows.of(self.hidden_CH[picked], self.weight_VH, self.labels_C[picked])
+                rows = self.make.of(hidden_CH[picked], weight_VH, labels_C[picked])
             else:
                 rows = self.rows if len(picked) == len(felt_C) else self.rows.take(picked)
             drows_RH = None if into_CH is None else torch.empty_like(rows.hidden_CH)

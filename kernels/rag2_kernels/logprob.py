@@ -5,25 +5,30 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from rag2_kernels.reference import promoted
-from rag2_kernels.rows import WORKSPACE, Rows
+from rag2_kernels.rows import Rows
 
 
 def answer_logprob(
-    hidden_MH: Tensor, weight_VH: Tensor, labels_M: Tensor, chunk: int | None = None
+    hidden_MH: Tensor,
+    weight_VH: Tensor,
+    labels_M: Tensor,
+    chunk: int | None = None,
+    rows: type[Rows] = Rows,
 ) -> Tensor:
-    """As `reference.answer_logprob`, for `chunk` rows at once (by default 2^23 logits).
+    """As `reference.answer_logprob`, for `chunk` rows at once (by default `rows.room` logits).
 
     No [M, V] tensor is stored unless it fits into one chunk; otherwise the backward pass computes
     the logits again.
     """
     check_rows(hidden_MH, weight_VH, labels_M)
     if chunk is None:
-        chunk = max(1, WORKSPACE // weight_VH.shape[0])
+        chunk = max(1, rows.room // weight_VH.shape[0])
     if chunk < 1:
         raise ValueError(f"chunk={chunk} must be positive")
+    keep = torch.is_grad_enabled() and len(labels_M) <= chunk
     # Autocast would round the fp32 products of the Function back to half precision.
     with torch.autocast(hidden_MH.device.type, enabled=False):
-        return _AnswerLogprob.apply(hidden_MH, weight_VH, labels_M, chunk)
+        return _AnswerLogprob.apply(hidden_MH, weight_VH, labels_M, chunk, rows, keep)
 
 
 def check_rows(hidden_MH: Tensor, weight_VH: Tensor, labels_M: Tensor) -> None:
@@ -39,14 +44,24 @@ def check_rows(hidden_MH: Tensor, weight_VH: Tensor, labels_M: Tensor) -> None:
 
 class _AnswerLogprob(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_MH: Tensor, weight_VH: Tensor, labels_M: Tensor, chunk: int) -> Tensor:
-        logp_M = hidden_MH.new_empty(len(labels_M), dtype=promoted(hidden_MH, weight_VH))
-        rows = None
-        for some in chunks(len(labels_M), chunk):
-            rows = Rows.of(hidden_MH[some], weight_VH, labels_M[some])
-            logp_M[some] = rows.logp_C
-        ctx.chunk = chunk
-        kept = (rows.exp_CV, rows.total_C) if rows and len(labels_M) <= chunk else (None, None)
+    def forward(
+        ctx,
+        hidden_MH: Tensor,
+        weight_VH: Tensor,
+        labels_M: Tensor,
+        chunk: int,
+        rows: type[Rows],
+        keep: bool,
+    ) -> Tensor:
+        kept: tuple[Tensor | None, ...] = (None, None)
+        if keep and any(ctx.needs_input_grad):
+            held = rows.of(hidden_MH, weight_VH, labels_M)
+            kept, logp_M = held.kept, held.logp_C
+        else:
+            logp_M = hidden_MH.new_empty(len(labels_M), dtype=promoted(hidden_MH, weight_VH))
+            for some in chunks(len(labels_M), chunk):
+                logp_M[some] = rows.logp(hidden_MH[some], weight_VH, labels_M[some])
+        ctx.chunk, ctx.rows = chunk, rows
         ctx.save_for_backward(hidden_MH, weight_VH, labels_M, logp_M, *kept)
         return logp_M
 
@@ -60,14 +75,15 @@ class _AnswerLogprob(torch.autograd.Function):
         with torch.autocast(hidden_MH.device.type, enabled=False):
             for some in chunks(len(labels_M), ctx.chunk):
                 if kept[0] is None:
-                    rows = Rows.of(hidden_MH[some], weight_VH, labels_M[some])
-                else:
-                    rows = Rows(hidden_MH, weight_VH, labels_M, kept[0], kept[1], logp_M)
+                    rows = ctx.rows.of(hidden_MH[some], weight_VH, labels_M[some])
+                else:  # what autograd has saved may be asked for again
+                    held_MV = kept[0].clone() if ctx.rows.spends else kept[0]
+                    rows = ctx.rows(hidden_MH, weight_VH, labels_M, held_MV, kept[1], logp_M)
                 into = None if dhidden_MH is None else dhidden_MH[some]
                 rows.backward(grad_M[some], into, dweight_VH)
         if dweight_VH is not None:
             dweight_VH = dweight_VH.to(weight_VH.dtype)
-        return dhidden_MH, dweight_VH, None, None
+        return dhidden_MH, dweight_VH, None, None, None, None
 
 
 def chunks(rows: int, chunk: int) -> list[slice]:

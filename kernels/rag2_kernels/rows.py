@@ -6,29 +6,36 @@ exponentials, t their sum over V and a = g / t:
     dh = g W[label] - a (E W);    dW = -E^T (a h), plus g h added to the rows of the labels
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from rag2_kernels.reference import promoted
 
-WORKSPACE = 1 << 23  # logits held at once: 32 MiB in fp32
-
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """The log-probabilities logp_C of C rows' labels, and what their gradients need."""
+    """The log-probabilities logp_C of C rows' labels, and what their gradients are made from."""
+
+    room: ClassVar[int] = 1 << 23  # logits held at once: 32 MiB in fp32
+    spends: ClassVar[bool] = False  # whether `backward` writes over what is held
 
     hidden_CH: Tensor
     weight_VH: Tensor
     labels_C: Tensor
-    exp_CV: Tensor
-    total_C: Tensor
+    held_CV: Tensor  # the exponentials
+    norm_C: Tensor  # their sums
     logp_C: Tensor
 
     @classmethod
-    def of(cls, hidden_CH: Tensor, weight_VH: Tensor, labels_C: Tensor) -> "Rows":
+    def logp(cls, hidden_CH: Tensor, weight_VH: Tensor, labels_C: Tensor) -> Tensor:
+        """Their log-probabilities alone."""
+        return cls.of(hidden_CH, weight_VH, labels_C).logp_C
+
+    @classmethod
+    def of(cls, hidden_CH: Tensor, weight_VH: Tensor, labels_C: Tensor) -> Self:
         """Their logits, exponentials and log-probabilities."""
         exp_CV = product(hidden_CH, weight_VH.T)
         most_C1 = exp_CV.amax(-1, keepdim=True)
@@ -38,12 +45,17 @@ class Rows:
         logp_C = label_C - most_C1[:, 0] - total_C.log()
         return cls(hidden_CH, weight_VH, labels_C, exp_CV, total_C, logp_C)
 
+    @property
+    def kept(self) -> tuple[Tensor, Tensor]:
+        """What `Rows(hidden, weight, labels, *kept, logp)` is made of again."""
+        return self.held_CV, self.norm_C
+
     def backward(
         self, grad_C: Tensor, dhidden_CH: Tensor | None, dweight_VH: Tensor | None
     ) -> None:
         """Write the gradient of the rows and add that of the weight, given dloss/dlogp."""
-        scaled_C1 = (grad_C / self.total_C)[:, None]
-        exp_CV = self.exp_CV.to(self.weight_VH.dtype)
+        scaled_C1 = (grad_C / self.norm_C)[:, None]
+        exp_CV = self.held_CV.to(self.weight_VH.dtype)
         if dhidden_CH is not None:
             own_CH = grad_C[:, None] * self.weight_VH[self.labels_C]
             dhidden_CH.copy_(own_CH - scaled_C1 * product(exp_CV, self.weight_VH))
@@ -53,10 +65,10 @@ class Rows:
             own_CH = (grad_C[:, None] * self.hidden_CH).to(dweight_VH.dtype)
             dweight_VH.index_add_(0, self.labels_C, own_CH)
 
-    def take(self, some_R: Tensor) -> "Rows":
+    def take(self, some_R: Tensor) -> Self:
         """Some of the rows."""
-        per_row = (self.labels_C, self.exp_CV, self.total_C, self.logp_C)
-        return Rows(self.hidden_CH[some_R], self.weight_VH, *(x[some_R] for x in per_row))
+        names = ("hidden_CH", "labels_C", "held_CV", "norm_C", "logp_C")
+        return replace(self, **{name: getattr(self, name)[some_R] for name in names})
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
@@ -67,10 +79,12 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     return a.to(wide) @ b.to(wide)
 
 
-def add_product(into: Tensor, a: Tensor, b: Tensor, alpha: float) -> None:
+def add_product(into: Tensor, a: Tensor, b: Tensor, alpha: float = 1) -> None:
     """into += alpha a @ b, without a second tensor of its size where the dtypes allow it."""
     if a.dtype == b.dtype == into.dtype:
         into.addmm_(a, b, alpha=alpha)
+    elif _tensor_cores(a, b) and into.dtype == torch.float32:
+        torch.addmm(into, a, b, alpha=alpha, out_dtype=torch.float32, out=into)
     else:
         into.add_(product(a, b), alpha=alpha)
 

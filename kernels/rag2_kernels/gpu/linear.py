@@ -1,0 +1,184 @@
+"""K1: rows of logits z = h W^T -> the log-sum-exp and the label's logit, tile by tile.
+
+The label's logit and the exponentials come from the same fp32 accumulator. A program computes
+`SPAN` tiles of [BM, BN] one after the other and writes one maximum and one sum a row, which a few
+torch operations on [splits, M] put together in a fixed order: two runs agree to the bit. With
+`STORE`, the logits are written too (rounded to the inputs' dtype), for a backward pass that needs
+no second product. M rows, V vocabulary, H hidden.
+"""
+# pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
+
+from typing import Self
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from rag2_kernels import rows
+from rag2_kernels.gpu.launch import Tiles, accumulator, descriptors, on_device, rounds, tiles
+from rag2_kernels.reference import promoted
+from rag2_kernels.rows import add_product, product
+
+
+@triton.jit
+def _narrowed(x, dtype: tl.constexpr, UP: tl.constexpr):
+    """To dtype; to bfloat16 in the interpreter, too, rounded to even, where it would cut off."""
+    if UP:
+        bits = x.to(tl.float32).to(tl.int32, bitcast=True)
+        bits += 0x7FFF + ((bits >> 16) & 1)
+        x = (bits & -65536).to(tl.float32, bitcast=True)
+    return x.to(dtype)
+
+
+@triton.jit
+def linear_lse(
+    x_desc, w_desc, x_ptr, w_ptr, labels_ptr, most_ptr, total_ptr, label_ptr, out_ptr, M,
+    V: tl.constexpr, H: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BH: tl.constexpr,
+    SPAN: tl.constexpr, GROUP: tl.constexpr, STORE: tl.constexpr, TMA: tl.constexpr,
+    UP: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Partial maxima, sums of exponentials and label logits, [splits, M]; perhaps the logits."""
+    # Programs beside each other share their rows of W, and GROUP tiles of X stay in the cache.
+    splits: tl.constexpr = ((V + BN - 1) // BN + SPAN - 1) // SPAN
+    row_tiles = (M + BM - 1) // BM
+    group = tl.program_id(0) // (GROUP * splits)
+    wide = tl.minimum(row_tiles - group * GROUP, GROUP)
+    inside = tl.program_id(0) - group * GROUP * splits
+    m0 = (group * GROUP + inside % wide) * BM
+    split = inside // wide
+    m = m0 + tl.arange(0, BM)
+    n = tl.arange(0, BN)
+    h = tl.arange(0, BH)
+    label_M = tl.load(labels_ptr + m, mask=m < M, other=-1)
+    most_M = tl.full([BM], float("-inf"), ACC)
+    total_M = tl.zeros([BM], ACC)
+    own_M = tl.zeros([BM], ACC)
+    for tile in range(SPAN):
+        n0 = (split * SPAN + tile) * BN
+        acc = tl.zeros([BM, BN], ACC)
+        for h0 in range(0, H, BH):
+            if TMA:
+                x = x_desc.load([m0, h0])
+                w = w_desc.load([n0, h0])
+            else:
+                deep_H = h0 + h < H
+                at_x = m.to(tl.int64)[:, None] * H + (h0 + h)[None, :]
+                x = tl.load(x_ptr + at_x, mask=(m < M)[:, None] & deep_H[None, :], other=0.0)
+                at_w = (n0 + n).to(tl.int64)[:, None] * H + (h0 + h)[None, :]
+                w = tl.load(w_ptr + at_w, mask=(n0 + n < V)[:, None] & deep_H[None, :], other=0.0)
+            if UP:  # the interpreter multiplies the bits of bfloat16
+                x = x.to(ACC)
+                w = w.to(ACC)
+            acc = tl.dot(x, tl.trans(w), acc, input_precision=PRECISION, out_dtype=ACC)
+        if STORE:
+            at = m.to(tl.int64)[:, None] * V + (n0 + n)[None, :]
+            inside_MN = (m < M)[:, None] & (n0 + n < V)[None, :]
+            narrow = _narrowed(acc, out_ptr.dtype.element_ty, UP)
+            tl.store(out_ptr + at, narrow, mask=inside_MN)
+        own_M += tl.sum(tl.where((n0 + n)[None, :] == label_M[:, None], acc, 0.0), 1)
+        acc = tl.where((n0 + n < V)[None, :], acc, float("-inf"))
+        # A split's first tile has a column, so the maximum is finite from there on.
+        higher_M = tl.maximum(most_M, tl.max(acc, 1))
+        total_M = total_M * tl.exp(most_M - higher_M) + tl.sum(tl.exp(acc - higher_M[:, None]), 1)
+        most_M = higher_M
+    at_M = split.to(tl.int64) * M + m
+    tl.store(most_ptr + at_M, most_M, mask=m < M)
+    tl.store(total_ptr + at_M, total_M, mask=m < M)
+    tl.store(label_ptr + at_M, own_M, mask=m < M)
+
+
+@triton.jit
+def logits_gradient(
+    logits_ptr, lse_ptr, labels_ptr, grad_ptr,
+    V: tl.constexpr, BV: tl.constexpr, UP: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """In place: z -> g (onehot(label) - exp(z - lse)), one row and BV columns a program."""
+    m = tl.program_id(0).to(tl.int64)
+    v = tl.program_id(1) * BV + tl.arange(0, BV)
+    grad = tl.load(grad_ptr + m).to(ACC)
+    z_V = tl.load(logits_ptr + m * V + v, mask=v < V, other=0.0).to(ACC)
+    own_V = tl.where(v == tl.load(labels_ptr + m), 1.0, 0.0)
+    dz_V = grad * (own_V - tl.exp(z_V - tl.load(lse_ptr + m).to(ACC)))
+    narrow = _narrowed(dz_V, logits_ptr.dtype.element_ty, UP)
+    tl.store(logits_ptr + m * V + v, narrow, mask=v < V)
+
+
+def label_logprob(
+    hidden_MH: Tensor, weight_VH: Tensor, labels_M: Tensor, out_MV: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """(logp_M, lse_M) in fp32; the logits go to `out_MV`, if given."""
+    count, vocabulary = len(labels_M), len(weight_VH)
+    wide = promoted(hidden_MH, weight_VH)
+    if hidden_MH.dtype != weight_VH.dtype:
+        hidden_MH, weight_VH = hidden_MH.to(wide), weight_VH.to(wide)
+    hidden_MH, weight_VH = hidden_MH.contiguous(), weight_VH.contiguous()
+    shape = tiles("linear_lse", hidden_MH, count, weight_VH.shape)
+    splits = triton.cdiv(triton.cdiv(vocabulary, shape.BN), shape.SPAN)
+    most_SM, total_SM, label_SM = hidden_MH.new_empty(3, splits, count, dtype=wide)
+    if count:
+        with on_device(hidden_MH):
+            linear_lse[(triton.cdiv(count, shape.BM) * splits,)](
+                *descriptors(shape, hidden_MH, weight_VH),
+                *(hidden_MH, weight_VH, labels_M, most_SM, total_SM, label_SM),
+                *(out_MV if out_MV is not None else most_SM, count),
+                **constants(shape, weight_VH, store=out_MV is not None),
+                num_warps=shape.warps,
+                num_stages=shape.stages,
+            )
+    most_M = most_SM.amax(0)
+    lse_M = most_M + (total_SM * (most_SM - most_M).exp()).sum(0).log()
+    return label_SM.sum(0) - lse_M, lse_M
+
+
+def constants(shape: Tiles, weight_VH: Tensor, store: bool) -> dict:
+    """The compile-time arguments of `linear_lse`."""
+    dtype = weight_VH.dtype
+    exact = torch.get_float32_matmul_precision() == "highest" or dtype == torch.float64
+    return {
+        "V": weight_VH.shape[0],
+        "H": weight_VH.shape[1],
+        **{name: getattr(shape, name) for name in ("BM", "BN", "BH", "SPAN", "GROUP", "TMA")},
+        "STORE": store,
+        "UP": rounds(dtype),
+        "ACC": accumulator(dtype),
+        "PRECISION": "ieee" if exact else "tf32",
+    }
+
+
+class Rows(rows.Rows):
+    """Held are the logits, in the inputs' dtype, and their log-sum-exp."""
+
+    room = 1 << 27  # logits held at once: 256 MiB in bf16
+    spends = True
+
+    @classmethod
+    def logp(cls, hidden_CH: Tensor, weight_VH: Tensor, labels_C: Tensor) -> Tensor:
+        """Their log-probabilities alone: no logits are stored."""
+        return label_logprob(hidden_CH, weight_VH, labels_C)[0]
+
+    @classmethod
+    def of(cls, hidden_CH: Tensor, weight_VH: Tensor, labels_C: Tensor) -> Self:
+        """Their logits and log-probabilities."""
+        narrow = torch.promote_types(hidden_CH.dtype, weight_VH.dtype)
+        logits_CV = hidden_CH.new_empty(len(labels_C), len(weight_VH), dtype=narrow)
+        logp_C, lse_C = label_logprob(hidden_CH, weight_VH, labels_C, logits_CV)
+        return cls(hidden_CH, weight_VH, labels_C, logits_CV, lse_C, logp_C)
+
+    def backward(
+        self, grad_C: Tensor, dhidden_CH: Tensor | None, dweight_VH: Tensor | None
+    ) -> None:
+        """Write the gradient of the rows and add that of the weight; the logits are used up."""
+        dlogits_CV, vocabulary = self.held_CV, self.held_CV.shape[1]
+        block = min(4096, triton.next_power_of_2(vocabulary))
+        if len(grad_C):
+            with on_device(dlogits_CV):
+                logits_gradient[(len(grad_C), triton.cdiv(vocabulary, block))](
+                    *(dlogits_CV, self.norm_C, self.labels_C, grad_C.contiguous()),
+                    **{"V": vocabulary, "BV": block, "UP": rounds(dlogits_CV.dtype)},
+                    ACC=accumulator(self.norm_C.dtype),
+                )
+        if dhidden_CH is not None:
+            dhidden_CH.copy_(product(dlogits_CV, self.weight_VH))
+        if dweight_VH is not None:
+            add_product(dweight_VH, dlogits_CV.T, self.hidden_CH)

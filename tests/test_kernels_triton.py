@@ -57,12 +57,11 @@ def plain_logprob(hidden_MH, weight_VH, labels_M):
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize(
-    "shape, chunk", [((63, 127, 41), None), ((1, 3, 7), None), ((33, 64, 9), 20)]
-)
-def test_answer_logprob_is_as_exact_as_plain_torch(dtype, shape, chunk):
-    given = head(*shape, dtype)
-    upstream_M = torch.randn(shape[0], device=DEVICE)
+@pytest.mark.parametrize("rows, vocabulary, hidden", [(63, 127, 41), (1, 3, 7), (33, 64, 9)])
+def test_answer_logprob_is_as_exact_as_plain_torch(dtype, rows, vocabulary, hidden):
+    given = head(rows, vocabulary, hidden, dtype)
+    upstream_M = torch.randn(rows, device=DEVICE)
+    chunk = 20 if rows == 33 else None  # the logits are computed again, or kept
     truth = gradients(reference.answer_logprob, doubled(given), upstream_M)
     plain = gradients(plain_logprob, given, upstream_M)
     got = gradients(lambda *x: answer_logprob(*x, impl="triton", chunk=chunk), given, upstream_M)
@@ -119,9 +118,11 @@ def marginal_gradients(given, impl, level):
 
 @pytest.mark.parametrize("level", ["sequence", "token"])
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("shape", [(3, 1, 1), (2, 5, 131)])
-def test_the_marginal_is_the_definition_with_dead_chunks_and_poisoned_padding(level, dtype, shape):
-    scores_BK, logp_BKT, mask_BKT = marginal_inputs(*shape, dtype)
+@pytest.mark.parametrize("questions, chunks, tokens", [(3, 1, 1), (2, 5, 131)])
+def test_the_marginal_is_the_definition_with_dead_chunks_and_poisoned_padding(
+    level, dtype, questions, chunks, tokens
+):
+    scores_BK, logp_BKT, mask_BKT = marginal_inputs(questions, chunks, tokens, dtype)
     scores_BK[0, 0] = -torch.inf  # with K = 1, a question without chunks
     logp_BKT[~mask_BKT] = torch.nan
     logp_BKT[0, 0] = torch.nan
@@ -132,7 +133,7 @@ def test_the_marginal_is_the_definition_with_dead_chunks_and_poisoned_padding(le
     for a, b, true in zip(got, plain, truth, strict=True):
         assert a.dtype == b.dtype and a.isfinite().all()
         # A sum of T log-probabilities of up to 4 nats is rounded at its own size.
-        close(a, b, true, max(LAST[b.dtype], 4 * shape[2] * LAST[torch.float32] / 8))
+        close(a, b, true, max(LAST[b.dtype], 4 * tokens * LAST[torch.float32] / 8))
 
 
 @pytest.mark.parametrize("level", ["sequence", "token"])
@@ -192,7 +193,8 @@ def test_the_operations_are_whole_for_torch_compile():
     from rag2_kernels.gpu import marginal
 
     given = marginal_inputs(2, 3, 4)
-    given[0].requires_grad_(), given[1].requires_grad_()
+    for tensor in given[:2]:
+        tensor.requires_grad_()
     torch.library.opcheck(marginal.marginal_nll, (*given, "token"))
 
 

@@ -9,12 +9,20 @@ from importlib.util import find_spec
 
 from torch import Tensor
 
-from rag2_kernels import fused, logprob, reference
+from rag2_kernels import fused, logprob, pool, reference, topk
 from rag2_kernels.fused import RagLoss
 from rag2_kernels.reference import Loss
 from rag2_kernels.rows import Rows
 
-__all__ = ["Loss", "RagLoss", "answer_logprob", "marginal_nll", "rag_loss"]
+__all__ = [
+    "Loss",
+    "RagLoss",
+    "answer_logprob",
+    "marginal_nll",
+    "masked_mean_pool",
+    "mips_topk",
+    "rag_loss",
+]
 
 IMPLEMENTATIONS = ("auto", "torch", "triton")
 
@@ -72,6 +80,41 @@ def rag_loss(
     prompts = scores_BK.shape[1] if prompts is None else prompts
     given = (hidden_MH, weight_VH, labels_M, pair_M, scores_BK)
     return fused.rag_loss(*given, loss, prompts, skip_below, _rows(impl, hidden_MH))
+
+
+def mips_topk(
+    queries_BD: Tensor, corpus_ND: Tensor, k: int, *, impl: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """The k largest inner products of each query and their rows, exact: see `reference`.
+
+    No [B, N] tensor is stored. With fewer than k rows there are as many columns as rows.
+    """
+    if queries_BD.ndim != 2 or corpus_ND.ndim != 2 or queries_BD.shape[1] != corpus_ND.shape[1]:
+        raise ValueError(
+            "queries [B, D] and corpus [N, D] are needed, not "
+            f"{tuple(queries_BD.shape)} and {tuple(corpus_ND.shape)}"
+        )
+    if k < 1 or not len(corpus_ND):
+        raise ValueError(f"k={k} of {len(corpus_ND)} rows: both must be at least 1")
+    k = min(k, len(corpus_ND))
+    if _triton(impl, queries_BD):
+        from rag2_kernels.gpu import groupmax
+
+        rows_BK = groupmax.search(queries_BD, corpus_ND, k)
+    else:
+        rows_BK = topk.best_rows(queries_BD, corpus_ND, k)
+    return topk.scored(queries_BD, corpus_ND, rows_BK)
+
+
+def masked_mean_pool(
+    hidden_BLH: Tensor, mask_BL: Tensor, *, normalize: bool = True, impl: str = "auto"
+) -> Tensor:
+    """The mean of the states under the mask, to length 1 if asked, in fp32: see `reference`."""
+    if not _triton(impl, hidden_BLH):
+        return pool.masked_mean_pool(hidden_BLH, mask_BL, normalize)
+    from rag2_kernels.gpu import pool as kernel
+
+    return kernel.masked_mean_pool(hidden_BLH, mask_BL, normalize)[0]
 
 
 def _rows(impl: str, tensor: Tensor) -> type[Rows]:

@@ -75,6 +75,32 @@ def rag_loss(
     return loss(scores_BK, logp_BST, mask_BST)
 
 
+def mips_topk(queries_BD: Tensor, corpus_ND: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest inner products of each query with the corpus, and their rows (exact MIPS).
+
+    Best first; equal scores in the order of their rows. Gradient through the scores that were
+    chosen: dqueries_b = sum_k ds_bk corpus_(rows_bk), and dcorpus likewise.
+    """
+    wide = promoted(queries_BD, corpus_ND)
+    scores_BN = queries_BD.to(wide) @ corpus_ND.to(wide).T
+    best = scores_BN.sort(dim=1, descending=True, stable=True)
+    return best.values[:, :k], best.indices[:, :k]
+
+
+def masked_mean_pool(hidden_BLH: Tensor, mask_BL: Tensor, normalize: bool = True) -> Tensor:
+    """The mean of the states under a true mask, to length 1 if asked: embedding_BH in fp32.
+
+    A text without tokens is 0. Whatever stands under a false mask, NaN included, is ignored.
+    Gradient, with e the result of length 1, n the tokens and d the upstream gradient:
+        dhidden = mask (d - (d.e) e) / (n |mean|), and mask d / n where it is not normalised
+    """
+    wide = promoted(hidden_BLH)
+    used_BL = mask_BL.bool()
+    sum_BH = torch.where(used_BL[..., None], hidden_BLH.to(wide), 0).sum(1)
+    mean_BH = sum_BH / used_BL.sum(1, keepdim=True).clamp_min(1)
+    return torch.nn.functional.normalize(mean_BH, dim=-1) if normalize else mean_BH
+
+
 def padded(logp_M: Tensor, pair_M: Tensor, questions: int, prompts: int) -> tuple[Tensor, Tensor]:
     """Rows in the order of their prompts -> logp_BST, padded with 0, and its mask_BST."""
     counts_R = torch.bincount(pair_M, minlength=questions * prompts)

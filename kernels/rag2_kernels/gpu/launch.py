@@ -38,7 +38,7 @@ def tiles(kernel: str, hidden_MH: Tensor, rows: int, weight: tuple[int, ...]) ->
     name = torch.cuda.get_device_name(hidden_MH.device) if hidden_MH.is_cuda else "any"
     wanted = [math.log(max(1, size)) for size in (rows, *weight)]
     bits = 8 * hidden_MH.element_size()
-    entries = [e for e in _table(kernel, name) if e["bits"] == bits]
+    entries = [e for e in table(kernel, name) if e["bits"] == bits]
     nearest = min(entries, key=lambda e: math.dist(wanted, [math.log(s) for s in e["shape"]]))
     shape = Tiles(**nearest["tiles"])
     aligned = weight[-1] * hidden_MH.element_size() % TMA_BYTES == 0
@@ -46,7 +46,7 @@ def tiles(kernel: str, hidden_MH: Tensor, rows: int, weight: tuple[int, ...]) ->
 
 
 @cache
-def _table(kernel: str, device: str) -> list[dict]:
+def table(kernel: str, device: str) -> list[dict]:
     """The entries of CONFIGS/<kernel>.json for a device, or those for any."""
     table = json.loads((CONFIGS / f"{kernel}.json").read_text(encoding="utf-8"))
     return table.get(device) or table["any"]

@@ -153,7 +153,7 @@ def test_a_damaged_or_foreign_checkpoint_is_refused_in_one_line(tmp_path: Path):
 
 
 class Settings(config.Config):
-    out: str
+    out: str = "runs/x"
     lr: float = 0.1
     steps: int = 10
     resume: bool = False

@@ -133,11 +133,11 @@ def test_a_finished_run_keeps_its_result_until_a_resumed_one_has_its_own(
     start(recipe, "finetune", home, out, steps=3)  # before the first checkpoint
     before = weights(out)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-        killed_at(patch, step=1)
-        start(recipe, "finetune", home, out, steps=3, resume=True)
+        killed_at(patch, step=4)
+        start(recipe, "finetune", home, out, steps=6, resume=True)
     assert weights(out) == before
-    start(recipe, "finetune", home, out, steps=3, resume=True)
-    assert weights(out) == before
+    start(recipe, "finetune", home, out, steps=6, resume=True)
+    assert weights(out) != before
 
 
 def test_a_run_that_goes_on_may_be_more_patient_but_not_train_otherwise(
@@ -151,7 +151,7 @@ def test_a_run_that_goes_on_may_be_more_patient_but_not_train_otherwise(
         start(recipe, "joint", home, out, refresh=refresh | {"cpus": [4000]})
     with pytest.raises(UserError, match="begun with refresh.lag=3, not 2; resume with the same"):
         start(recipe, "joint", home, out, refresh=refresh | {"lag": 2}, resume=True)
-    with pytest.raises(UserError, match="is at step 8: steps=5 is behind it"):
+    with pytest.raises(UserError, match="is at step 9: steps=5 is behind it"):
         start(recipe, "joint", home, out, refresh=refresh, steps=5, resume=True)
     before = weights(out)
     changes = {"patience": 900.0, "cpus": [0]}

@@ -96,11 +96,11 @@ def main(cfg: FinetuneConfig) -> dict[str, float]:
             optimizer.step()
             run.log.write(step=step, loss=loss, grad_norm=norm, lr=lr, seconds=clock.lap())
             advance(1, loss=loss)
-            if (step + 1) % cfg.checkpoint_every == 0 or stop.asked():
+            if run.due(step) or stop.asked():
                 run.checkpoint(step + 1)
                 stop.obey(run, step + 1)
-    generator.model.eval()
-    run.finish(generator=generator, trained={"generator": sum(p.numel() for p in weights)})
+        generator.model.eval()
+        run.finish(generator=generator, trained={"generator": sum(p.numel() for p in weights)})
     return {"loss": loss}
 
 

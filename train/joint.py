@@ -70,7 +70,7 @@ class JointConfig(pipeline.Inputs):
     shard: bool = False
     """FSDP2: the generator's weights, gradients and optimizer state are in pieces over the
     processes, layer by layer; the retriever is whole in each"""
-    train: list[Literal["retriever", "generator"]] = ["retriever", "generator"]
+    train: list[Literal["retriever", "generator"]] = Field(["retriever", "generator"], min_length=1)
     """the halves that learn; the other stays as it is"""
     steps: int = Field(default=300, ge=0)
     batch_size: int = Field(default=24, ge=1)
@@ -112,6 +112,8 @@ def main(cfg: JointConfig) -> dict[str, float]:
         raise UserError("refresh.name=eager: the clocks of several processes differ; use async")
     if "retriever" not in cfg.train and not isinstance(cfg.refresh, NoRefresh):
         raise UserError("the retriever does not learn (train=...): set refresh.name=none")
+    if "retriever" not in cfg.train and not cfg.loss.teaches_generator():
+        raise UserError(f"nothing learns: train={cfg.train} and loss.reader=none")
     if cfg.shard and distributed.world() == 1:
         raise UserError("shard=true is for several processes: torchrun --nproc-per-node N ...")
     rows = parts.rows_each(cfg.batch_size, cfg.accumulate)
@@ -127,7 +129,8 @@ def main(cfg: JointConfig) -> dict[str, float]:
     weights = [p for parameters, _ in halves.values() for p in parameters]
     optimizer = optim.adamw(halves, cfg.weight_decay, cfg.betas)
     modules = {"retriever": rag.retriever, "generator": rag.generator}
-    run = Run(cfg, modules, optimizer, [q for q in everything if q.split != "test"])
+    given = [kb_hash, *(question for question in everything if question.split != "test")]
+    run = Run(cfg, modules, optimizer, given)
     first_rank = distributed.rank() == 0
     telemetry = Telemetry(rag.retriever, watch, cfg.staleness, cfg.guard, run.extra)
     store = Store(run.out, chunks, rag.retriever, cfg.index, kb_version, kb_hash, first_rank)
@@ -138,12 +141,26 @@ def main(cfg: JointConfig) -> dict[str, float]:
         matmul(cfg.matmul, cfg.device),
         progress("joint", cfg.steps, run.start) as advance,
         LiveIndex(
-            *(store, cfg.refresh, run.extra),
-            *(telemetry.watchdog.check, lambda: stop.heard),
-            *(distributed.largest, distributed.gathered),
+            store,
+            cfg.refresh,
+            run.extra,
+            check=telemetry.watchdog.check,
+            stopping=lambda: stop.heard,
+            largest=distributed.largest,
+            gathered=distributed.gathered,
         ) as index,
         stop,  # before its first index is there, a run has nothing to commit
     ):
+
+        def commit(step: int) -> None:
+            run.checkpoint(step, **index.state(), **telemetry.state())
+            prune()
+
+        def prune() -> None:
+            if first_rank:  # the others might read what it removes
+                index.prune(checkpoint.retained(run.out))
+
+        prune()
         index.poll(run.start - 1)  # a run that was stopped may have waited for this
         stop.obey(run, run.start)
         for step in range(run.start, cfg.steps):
@@ -195,14 +212,17 @@ def main(cfg: JointConfig) -> dict[str, float]:
             )
             advance(1, loss=loss)
             index.refresh(step, told.get("overlap"))
-            if index.poll(step) and first_rank:
-                index.prune(checkpoint.retained(run.out))
-            if (step + 1) % cfg.checkpoint_every == 0 or stop.asked():
-                run.checkpoint(step + 1, **index.state(), **telemetry.state())
-                if first_rank:  # the others might read what it removes
-                    index.prune(checkpoint.retained(run.out))
+            try:
+                if index.poll(step):
+                    prune()
+            except UserError:  # no index to go on with; what was trained is not lost
+                if distributed.world() == 1:
+                    commit(step + 1)
+                raise
+            if run.due(step) or stop.asked():
+                commit(step + 1)
                 stop.obey(run, step + 1)
-    finish(cfg, run, rag, halves)
+        finish(cfg, run, rag, halves)
     return {"loss": loss}
 
 

@@ -120,11 +120,11 @@ def main(cfg: PretrainConfig) -> dict[str, float]:
             optimizer.step()
             run.log.write(step=step, loss=loss, grad_norm=norm, lr=lr, seconds=clock.lap())
             advance(1, loss=loss)
-            if (step + 1) % cfg.checkpoint_every == 0 or stop.asked():
+            if run.due(step) or stop.asked():
                 run.checkpoint(step + 1)
                 stop.obey(run, step + 1)
-    base.model.eval()
-    run.finish(generator=base, trained={"generator": sum(p.numel() for p in weights)})
+        base.model.eval()
+        run.finish(generator=base, trained={"generator": sum(p.numel() for p in weights)})
     return {"loss": loss}
 
 

@@ -131,11 +131,11 @@ def main(cfg: RetrieverConfig) -> dict[str, float]:
                     best.load_state_dict(encoder.state_dict())
             run.log.write(**line, seconds=clock.lap())
             advance(1, loss=line["loss"], recall=top)
-            if (step + 1) % cfg.checkpoint_every == 0 or stop.asked():
+            if run.due(step) or stop.asked():
                 run.checkpoint(step + 1, top=top, waited=waited)
                 stop.obey(run, step + 1)
-    trained = sum(p.numel() for p in weights)
-    run.finish(retriever=best.eval(), recall_at_5=top, trained={"retriever": trained})
+        trained = sum(p.numel() for p in weights)
+        run.finish(retriever=best.eval(), recall_at_5=top, trained={"retriever": trained})
     return {"recall_at_5": top}
 
 

@@ -24,7 +24,7 @@ from rag2.registry import UserError
 FORMAT = 1
 MANIFEST = "manifest.json"
 KEYS = {"format", "kind", "files", "meta"}
-FULL = os.strerror(errno.ENOSPC)  # "No space left on device"
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no space, quota or file size left
 LARGEST_MANIFEST = 64 << 20  # bytes; a larger one is no manifest of ours
 
 
@@ -38,24 +38,29 @@ def committing(
     kind: str,
     meta: dict[str, Any] | None = None,
     pointer: Path | str | None = None,
+    replacing: bool = False,
 ) -> Iterator[Path]:
     """Yield a staging directory to write into; on leaving, commit it durably as `directory`.
 
     `meta` (parents, fingerprints; JSON values) goes into the manifest and may be filled inside the
     block. `pointer`, a text file in a parent folder of `directory`, names it once all is durable.
-    Raises ArtifactError if `directory` exists, OSError naming it if there is no space left; on any
-    exception nothing is left behind.
+    With `replacing`, one that exists makes way for it then, and not before. Raises ArtifactError if
+    `directory` exists otherwise, OSError naming it if there is no space left; on any exception
+    nothing is left behind.
     """
     directory = Path(directory).absolute()
     if pointer is not None:
         pointer = Path(pointer).absolute()
         assert directory.is_relative_to(pointer.parent), f"{pointer} cannot name {directory}"
-    _refuse_existing(directory)
+    if not replacing:
+        _refuse_existing(directory)
     make_folders(directory.parent)
     staging, lock = _stage(directory)
     try:
         yield staging
         _write_manifest(staging, kind, {} if meta is None else meta)
+        if replacing:
+            remove(directory)
         _refuse_existing(directory)  # os.rename would replace an empty directory in silence
         try:
             os.rename(staging, directory)
@@ -66,8 +71,9 @@ def committing(
         _sync_directory(directory.parent)
     except BaseException as error:  # KeyboardInterrupt and SystemExit leave nothing behind either
         shutil.rmtree(staging, ignore_errors=True)
-        if FULL in str(error):  # safetensors and FAISS say it with errors of their own
-            raise OSError(errno.ENOSPC, FULL, str(directory)) from error
+        for full in FULL:  # safetensors and FAISS say it with errors of their own
+            if os.strerror(full) in str(error):
+                raise OSError(full, os.strerror(full), str(directory)) from error
         raise
     finally:
         os.close(lock)

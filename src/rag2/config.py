@@ -184,7 +184,8 @@ def run(main: Callable[[ConfigT], Any], cls: type[ConfigT]) -> Any:
 
 def blame(error: UserError | OSError) -> str:
     """The one line to show for a user's mistake; raises `error` again if it is not one."""
-    if isinstance(error, OSError) and not error.filename and error.errno != errno.ENOSPC:
+    full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    if isinstance(error, OSError) and not error.filename and error.errno not in full:
         raise error  # no file to point at: a fault of ours or of the machine, keep the traceback
     return " ".join(str(error).splitlines())
 

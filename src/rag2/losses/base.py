@@ -24,6 +24,10 @@ class JointLoss(Config, ABC):
         """The loss of a training step; only a schedule has another than itself."""
         return self
 
+    def teaches_generator(self) -> bool:
+        """Whether the generator gets a gradient."""
+        return True
+
     def priors(self, mask_BST: Tensor) -> Tensor | int:
         """How often p(z|x) is a factor in what a question's loss [B] is the -log of.
 

@@ -26,6 +26,10 @@ class LOOP(JointLoss):
     temperature: float = Field(default=0.1, gt=0)
     reader: Literal["concat", "none"] = "concat"
 
+    def teaches_generator(self) -> bool:
+        """Only as a reader."""
+        return self.reader == "concat"
+
     def subsets(self, k: int) -> list[Subset]:
         """All chunks but one, for each one; with a reader, then all."""
         without_each = [tuple(other for other in range(k) if other != left) for left in range(k)]

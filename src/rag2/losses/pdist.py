@@ -30,6 +30,10 @@ class PDist(JointLoss):
     reader: Literal["concat", "none"] = "concat"
     """what trains the generator: all chunks in one prompt, or nothing"""
 
+    def teaches_generator(self) -> bool:
+        """Only as a reader."""
+        return self.reader == "concat"
+
     def subsets(self, k: int) -> list[Subset]:
         """Each chunk alone; with a reader, then all."""
         return [*super().subsets(k), *([tuple(range(k))] if self.reader == "concat" else [])]

@@ -136,7 +136,7 @@ class Watchdog:
             if self.guard.action == "stop":
                 raise UserError(
                     f"{what}. Begin again with a lower lr_retriever, or more candidates by bm25 "
-                    "or random"
+                    "or random, or go on as it is with resume=true guard.action=warn"
                 )
             if self.guard.action == "cut":
                 self.cuts.append(generation.step)

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from rag2 import artifact
+from rag2.registry import UserError
 
 
 class Journal:
@@ -16,10 +17,14 @@ class Journal:
             if keep:
                 path.unlink(missing_ok=True)
         elif path.exists():
-            for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+            for number, line in enumerate(lines, start=1):
                 if line.endswith("\n"):  # a kill may have left half a line
-                    row = json.loads(line)
-                    self.steps[row["generation"]] = row["step"]
+                    try:
+                        row = json.loads(line)
+                        self.steps[row["generation"]] = row["step"]
+                    except (ValueError, TypeError, KeyError):
+                        raise UserError(f"{path}:{number}: not a line about a swap") from None
             if keep:
                 artifact.replace(path, "".join(map(_line, self.steps.items())))
 

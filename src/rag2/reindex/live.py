@@ -11,7 +11,6 @@ from torch import Tensor
 
 from rag2.index.generation import Generation
 from rag2.modes import computing_on
-from rag2.registry import UserError
 from rag2.reindex.build import Part
 from rag2.reindex.demand import Demand
 from rag2.reindex.journal import Journal
@@ -72,9 +71,10 @@ class LiveIndex:
         self._demand = Demand(share, self.generation.ids_N, state.get("demand") if state else None)
         if state and state.get("pending"):
             self._pending = Pending(**state["pending"])
-            self._making = self._worked_on(self._pending)
-        if state:
-            store.prune(*self._needed())
+            if isinstance(policy, Background):
+                self._making = self._worked_on(self._pending)
+            else:  # it was made, and not swapped in
+                self._made = store.load(self._pending.number, self._pending.fingerprint)
         if self._making and not self._making.done():
             self._making.launch()
         self._published = time.monotonic()
@@ -186,11 +186,7 @@ class LiveIndex:
     def _again(self) -> Generation:
         """The generation of a checkpoint; it was looked at when it was new."""
         made = self._store.load(self.number)
-        if made.kb_hash != self._store.kb_hash:
-            raise UserError(
-                "the knowledge base has changed since this run began; begin another one with "
-                "another out=, or resume with the knowledge base that it had"
-            )
+        assert made.kb_hash == self._store.kb_hash, "Run refuses another knowledge base"
         return made
 
     def _worked_on(self, pending: Pending) -> Making:

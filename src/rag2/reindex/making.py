@@ -92,8 +92,8 @@ class Making:
         what = f"re-index worker of generation {self._pending.number}: {failure}"
         if self._failures > self._policy.retries:
             raise UserError(
-                f"{what}; it was started {self._failures} times. What was trained since the last "
-                "checkpoint is lost: mend the cause and go on with resume=true"
+                f"{what}; it was started {self._failures} times. Mend the cause and go on with "
+                "resume=true"
             )
         logger.warning("%s; it is started again", what)
         self.launch()

@@ -6,7 +6,6 @@ snapshots/000003/     the encoder that generation 3 is made from, while it is be
 """
 
 import json
-import shutil
 import sys
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -118,7 +117,7 @@ class Store:
             artifact.sweep(folder)
             for path in folder.glob("[0-9]" * 6 + "*"):
                 if int(path.name[:6]) not in kept:
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+                    artifact.remove(path) if path.is_dir() else path.unlink()
 
     def _path(self, number: int) -> Path:
         return self.generations / f"{number:06d}"

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from rag2.config import Config
 from rag2.kb.lexical import BM25
@@ -15,7 +15,6 @@ from rag2.training import batches
 from rag2.types import Chunk, Question
 
 NULL = Chunk(-1, "", "")
-SPARE = 8  # chunks of one document that may have to be left out
 
 
 class Candidates(Config):
@@ -49,10 +48,18 @@ class Candidates(Config):
         """Chunks per question."""
         return self.dense + self.bm25 + self.answer + self.random + self.null
 
-    @property
-    def depth(self) -> int:
-        """How many the index is asked for; more than are needed where some may be removed."""
-        return max(self.over, self.dense) + SPARE * (self.remove_source and self.dense > 0)
+    @model_validator(mode="after")
+    def _fits(self) -> "Candidates":
+        if self.k == self.null:
+            raise ValueError("none but the NULL chunk: set dense, bm25, answer or random")
+        if self.over and not 0 < self.dense <= self.over:
+            raise ValueError(f"over={self.over} with dense={self.dense}; dense is 1 to over")
+        if self.remove_source and self.in_batch:
+            raise ValueError(
+                "remove_source with in_batch: a question's own source would be its negative where "
+                "another question found it"
+            )
+        return self
 
 
 class Proposals:
@@ -64,12 +71,10 @@ class Proposals:
     def __init__(
         self, cfg: Candidates, chunks: Sequence[Chunk], questions: Sequence[Question], seed: int
     ) -> None:
-        """Raises UserError when K is zero or larger than the corpus."""
-        if not 0 < cfg.k - cfg.null <= len(chunks):
+        """Raises UserError when K is larger than the corpus."""
+        if cfg.k - cfg.null > len(chunks):
             raise UserError(f"candidates: K = {cfg.k}, but the corpus has {len(chunks)} chunks")
-        if 0 < cfg.over < cfg.dense:
-            raise UserError(f"candidates.over={cfg.over}: fewer than candidates.dense={cfg.dense}")
-        self.cfg, self.seed, self.depth = cfg, seed, min(cfg.depth, len(chunks))
+        self.cfg, self.seed = cfg, seed
         self.by_id = {chunk.id: chunk for chunk in chunks}
         self.sources = [_source(question) if cfg.remove_source else None for question in questions]
         self.ids_N = np.array(list(self.by_id))
@@ -77,13 +82,17 @@ class Proposals:
         longest = max((lengths[source] for source in self.sources if source), default=0)
         if len(chunks) - longest < cfg.k - cfg.null:
             raise UserError(f"candidates: K = {cfg.k}, but without a source there are fewer chunks")
+        # How many the index is asked for: enough if all of a source are among them.
+        self.depth = min(max(cfg.over, cfg.dense) + longest, len(chunks)) if cfg.dense else 0
         # Deep enough that each source has its share left when those before it found the same.
-        depth = min(cfg.k - cfg.random + SPARE * cfg.remove_source, len(chunks))
+        depth = min(cfg.k - cfg.random + longest, len(chunks))
         sources = [(cfg.bm25, [q.question for q in questions])]
         sources += [(cfg.answer, [f"{q.question} {q.gold}" for q in questions])]
         bm25 = BM25(chunks) if any(count for count, _ in sources) else None
         self.lexical = [
-            (count, bm25.search(texts, depth)[1]) for count, texts in sources if bm25 and count
+            (count, _found(*bm25.search(texts, depth)))
+            for count, texts in sources
+            if bm25 and count
         ]
 
     def __call__(self, rows_B: np.ndarray, dense_BM: np.ndarray, step: int) -> list[list[Chunk]]:
@@ -105,8 +114,15 @@ class Proposals:
         return chunks_BK
 
     def _may(self, chunk: int, source: str | None) -> bool:
-        """Whether the chunk is of another document than the question's source."""
+        """Whether there is such a chunk, and of another document than the question's source."""
+        if chunk == NULL.id:
+            return False
         return source is None or self.by_id[chunk].document != source
+
+
+def _found(scores_QM: np.ndarray, ids_QM: np.ndarray) -> np.ndarray:
+    """The ids of chunks that share a word with the question; for the others that of no chunk."""
+    return np.where(scores_QM > 0, ids_QM, NULL.id)
 
 
 def rerank(

@@ -54,8 +54,13 @@ def save(
 
 
 def load(out: Path, modules: dict[str, nn.Module], optimizer: Optimizer) -> dict[str, Any] | None:
-    """Restore the checkpoint that `latest` names; returns its state, or None when there is none."""
-    directory = artifact.follow(out / "checkpoints" / "latest")
+    """Restore the checkpoint that `latest` names; returns its state, or None when there is none.
+
+    Without a pointer it is the last whole one: the first may have been committed and not named yet.
+    """
+    folder = out / "checkpoints"
+    whole = [directory for directory in _in_order(folder) if artifact.is_complete(directory)]
+    directory = artifact.follow(folder / "latest") or (whole[-1] if whole else None)
     if directory is None:
         return None
     artifact.verify(directory, kind="checkpoint")
@@ -131,6 +136,12 @@ def _restore(module: nn.Module, tensors: dict[str, torch.Tensor], where: Path) -
     if own.keys() != tensors.keys():
         odd = sorted(own.keys() ^ tensors.keys())[0]
         raise UserError(f"checkpoint {where}: tensor {odd!r} does not fit this configuration")
+    for name, tensor in tensors.items():
+        if tensor.shape != own[name].shape:
+            raise UserError(
+                f"checkpoint {where}: tensor {name!r} is {list(tensor.shape)}, but "
+                f"{list(own[name].shape)} in this configuration"
+            )
     pieces = {name: sharding.cut(tensor, own[name]) for name, tensor in tensors.items()}
     module.load_state_dict(pieces, strict=False)
 

@@ -43,7 +43,7 @@ class RunLog:
             self._lock.close()
             raise UserError(f"{directory}: another process is training there") from None
         self.path = directory / "log.jsonl"
-        kept = [line for line in _lines(self.path) if json.loads(line)["step"] < start]
+        kept = [line for line, step in _steps(self.path) if step < start]
         artifact.replace(self.path, "".join(kept))
         self._file = self.path.open("a", encoding="utf-8")
 
@@ -89,6 +89,15 @@ def _lines(path: Path) -> Iterator[str]:
             if not line.endswith("\n") or "\0" in line:
                 return
             yield line
+
+
+def _steps(path: Path) -> Iterator[tuple[str, int]]:
+    """The complete lines of a run's log and their steps; UserError for others."""
+    for number, line in enumerate(_lines(path), start=1):
+        try:
+            yield line, int(json.loads(line)["step"])
+        except (ValueError, TypeError, KeyError):
+            raise UserError(f"{path}:{number}: not a line of a run's log") from None
 
 
 def train_seconds(directory: Path) -> float:

@@ -53,7 +53,6 @@ def accumulated(
     return StepResult(
         torch.cat([result.loss_B for result in results]),
         torch.cat([result.posterior_BK for result in results]),
-        torch.cat([result.prior_BK for result in results]),
         sum(result.kept for result in results) / len(results),
     )
 
@@ -63,6 +62,5 @@ def of_all(result: StepResult) -> StepResult:
     return StepResult(
         distributed.gathered(result.loss_B),
         distributed.gathered(result.posterior_BK),
-        distributed.gathered(result.prior_BK),
         float(distributed.gathered(torch.tensor([result.kept], dtype=torch.float64)).mean()),
     )

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,7 +21,7 @@ from rag2.training.optim import Optimizer
 
 # Keys that may differ between a run and its continuation: they do not change what its steps up to
 # there have computed. (Other `steps` change the schedule from there on, where it decays.)
-FREE = ("steps", "resume", "jobs", "log_with") + tuple(
+FREE = ("out", "steps", "resume", "jobs", "log_with", "guard.action") + tuple(
     f"refresh.{key}" for key in ("patience", "retries", "nice", "duty", "cpus")
 )
 
@@ -37,16 +36,19 @@ class Settings(Protocol):
     @property
     def steps(self) -> int: ...
     @property
+    def checkpoint_every(self) -> int: ...
+    @property
     def log_with(self) -> list[str]: ...
 
 
 # What must be as it was when a run goes on, by its name in a checkpoint.
 GIVEN = {
-    "data": "questions, texts or chunks that it learns from",
+    "data": "questions, texts or knowledge base that it learns from",
     "frozen": "weights that it builds on and leaves as they are",
 }
 UNDER_WAY = ("checkpoints", "generations", "snapshots")
 MADE = (*UNDER_WAY, "final")
+LOGS = ("log.jsonl", "swaps.jsonl")
 
 
 class Run:
@@ -62,12 +64,13 @@ class Run:
         it, and when a tracker cannot start.
         """
         track.check_installed(cfg.log_with)
+        self._cfg = cfg
         self.out = Path(cfg.out)
         self.modules, self.optimizer = modules, optimizer
         saved = self.out / "config.yaml"
         if cfg.resume and saved.exists():
             _refuse_changes(cfg, saved)
-        elif there := [name for name in (*MADE, saved.name) if (self.out / name).exists()]:
+        elif there := [name for name in (*MADE, saved.name, *LOGS) if _is_there(self.out / name)]:
             raise UserError(
                 f"{self.out} holds {there[0]} of another run; resume=true goes on with the same "
                 "settings, else choose another out= or delete it"
@@ -93,9 +96,13 @@ class Run:
             # From step 0: what was left before the first checkpoint goes, but for a result, which
             # stays until this run has one of its own.
             if state is None:
-                for name in UNDER_WAY:
-                    shutil.rmtree(self.out / name, ignore_errors=True)
+                for made in (made for name in UNDER_WAY for made in (self.out / name).glob("*")):
+                    artifact.remove(made)
             artifact.replace(saved, config.dump(cfg))
+
+    def due(self, step: int) -> bool:
+        """Whether a checkpoint follows `step`; the last always, for what comes then may fail."""
+        return (step + 1) % self._cfg.checkpoint_every == 0 or step + 1 == self._cfg.steps
 
     def checkpoint(self, step: int, **extra: Any) -> None:
         """Commit everything needed to go on at `step`; all processes call it.
@@ -124,8 +131,9 @@ class Run:
             weights = sharding.whole(generator.model.state_dict(keep_vars=True))
         if distributed.rank() != 0:
             return
-        shutil.rmtree(self.out / "final", ignore_errors=True)
-        with artifact.committing(self.out / "final", kind="system", meta=meta) as staging:
+        with artifact.committing(
+            self.out / "final", kind="system", meta=meta, replacing=True
+        ) as staging:
             if generator is not None:
                 generator.save(staging / "generator", weights)
             if retriever is not None:
@@ -134,6 +142,11 @@ class Run:
                 text = json.dumps(prompt.model_dump(mode="json"), indent=2)
                 (staging / "prompt.json").write_text(text, encoding="utf-8")
         self.log.close()
+
+
+def _is_there(path: Path) -> bool:
+    """A run that died at its first breath may have left an empty log."""
+    return path.exists() and not (path.is_file() and path.stat().st_size == 0)
 
 
 def _digest(parts: Iterable[bytes | memoryview]) -> str:

@@ -24,11 +24,10 @@ from rag2.types import Chunk
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """Detached figures of a step: loss_B in nats, posterior_BK, prior_BK, share of prompts kept."""
+    """Detached figures of a step: loss_B in nats, posterior_BK, share of prompts kept."""
 
     loss_B: Tensor
     posterior_BK: Tensor
-    prior_BK: Tensor
     kept: float
 
 
@@ -58,8 +57,7 @@ class OnePass(Config):
             loss_B = loss_B + loss.priors(mask_BST) * crowding_B
         if loss_B.requires_grad:
             loss_B.mean().backward()
-        prior_BK = scores_BK.detach().softmax(-1)
-        return StepResult(loss_B.detach(), posterior_BK.detach(), prior_BK, 1.0)
+        return StepResult(loss_B.detach(), posterior_BK.detach(), 1.0)
 
 
 class TwoPass(Config):
@@ -113,8 +111,7 @@ class TwoPass(Config):
             felt_R = (weight_R > 0) & (weight_R >= self.skip_below)
             kept = float(felt_R.float().mean())
             self._second_pass(rag, pairs, pieces, states, grad_RT, felt_R)
-        prior_BK = scores_BK.detach().softmax(-1)
-        return StepResult(loss_B.detach(), posterior_BK.detach(), prior_BK, kept)
+        return StepResult(loss_B.detach(), posterior_BK.detach(), kept)
 
     def _first_pass(
         self, rag: Rag, pairs: list[Pair], pieces: list[list[int]]

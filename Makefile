@@ -7,7 +7,7 @@ READY := $(VENV)/.rag2-installed
 ARGS ?=
 N ?= 50
 
-.PHONY: help demo test test-slow chaos check format clean
+.PHONY: help demo test test-slow chaos kernels-check check format clean
 .DEFAULT_GOAL := help
 
 help:  ## show this list
@@ -29,6 +29,15 @@ test-slow: $(READY)  ## run the slow tests too
 
 chaos: $(READY)  ## kill joint runs N times and compare them with an undisturbed one (ARGS="--fault NAME")
 	OMP_NUM_THREADS=1 $(BIN)/python tests/chaos.py --kills $(N) $(ARGS)
+
+# The triton that belongs to torch 2.11, beside that of constraints.txt.
+OTHER_TRITON := $(VENV)/triton-3.6.0
+$(OTHER_TRITON): | $(READY)
+	$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps --target $@ triton==3.6.0
+
+kernels-check: $(READY) $(OTHER_TRITON)  ## compile the Triton kernels for Hopper without a GPU and compare with golden.json
+	PYTHONPATH=kernels $(BIN)/python kernels/check/sm90.py
+	PYTHONPATH=$(OTHER_TRITON):kernels $(BIN)/python kernels/check/sm90.py
 
 check: $(READY)  ## lint, formatting and types
 	$(BIN)/ruff check .

@@ -111,10 +111,9 @@ def test_the_optimizers_settings_arrive(recipe: Load, home: Path, tmp_path: Path
 def test_each_part_of_an_accumulated_batch_is_what_the_step_makes_of_it(
     rag: Rag, batch: Batch, in_batch: bool
 ):
-    questions, answers, chunks_BK = (2 * part for part in batch)
-    result = parts.accumulated(
-        OnePass(), rag, Marginal(), (questions, answers, chunks_BK), in_batch, rows=3
-    )
+    questions, answers, chunks_BK = batch
+    twice = (2 * questions, 2 * answers, 2 * chunks_BK)
+    result = parts.accumulated(OnePass(), rag, Marginal(), twice, in_batch, rows=3)
     alone = OnePass()(rag, Marginal(), *batch, in_batch)
     torch.testing.assert_close(result.loss_B, torch.cat([alone.loss_B] * 2))
 

@@ -46,7 +46,11 @@ def test_one_pass_and_two_passes_leave_equal_gradients(
     assert one.kept == two.kept == 1.0
 
 
-@pytest.mark.parametrize("loss", [EMDR2(), PDist(), LOOP(), HardEM()], ids=lambda loss: loss.name)
+@pytest.mark.parametrize(
+    "loss",
+    [EMDR2(), PDist(), LOOP(), HardEM(), Marginal(level="mean"), EMDR2(level="token")],
+    ids=repr,
+)
 def test_both_paths_agree_on_losses_that_read_chunks_together_and_on_the_null_chunk(
     rag: Rag, batch: Batch, loss: JointLoss
 ):

@@ -8,6 +8,7 @@ the field it stands in, and a new `name` replaces the block instead of merging i
 import errno
 import inspect
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -170,6 +171,7 @@ def run(main: Callable[[ConfigT], Any], cls: type[ConfigT]) -> Any:
             sys.stdout.write(_usage(main, cls))
             raise SystemExit(0)
         cfg = load(cls, path, overrides)
+        _refuse_file(getattr(cfg, "out", None))
         hf_logging = sys.modules.get("transformers.utils.logging")
         if hf_logging:  # its bars for loading and saving weights would break up ours
             hf_logging.disable_progress_bar()
@@ -180,6 +182,16 @@ def run(main: Callable[[ConfigT], Any], cls: type[ConfigT]) -> Any:
     except KeyboardInterrupt:
         sys.stderr.write("error: interrupted\n")
         raise SystemExit(130) from None
+
+
+def _refuse_file(out: str | None) -> None:
+    """UserError now for an `out` that no folder can be made of, not after minutes of work."""
+    for path in (Path(out), *Path(out).parents) if out else ():
+        if path.exists():
+            if not (path.is_dir() and os.access(path, os.W_OK)):
+                what = "cannot be written" if path.is_dir() else "is a file"
+                raise UserError(f"out={out!r}: {path} {what}; choose another out=")
+            return
 
 
 def blame(error: UserError | OSError) -> str:

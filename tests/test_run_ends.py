@@ -184,7 +184,6 @@ def test_a_disk_that_takes_no_more_is_one_line(number: int, tmp_path: Path):
 @pytest.mark.parametrize(
     ("changes", "line"),
     [
-        ({"train": []}, "at least 1"),
         ({"candidates": {"dense": 0, "bm25": 0, "random": 0, "null": True}}, "none but the NULL"),
         ({"candidates": {"dense": 0, "over": 10}}, "over=10 with dense=0"),
         ({"candidates": {"remove_source": True, "in_batch": True}}, "its negative"),

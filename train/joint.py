@@ -70,7 +70,7 @@ class JointConfig(pipeline.Inputs):
     shard: bool = False
     """FSDP2: the generator's weights, gradients and optimizer state are in pieces over the
     processes, layer by layer; the retriever is whole in each"""
-    train: list[Literal["retriever", "generator"]] = Field(["retriever", "generator"], min_length=1)
+    train: list[Literal["retriever", "generator"]] = ["retriever", "generator"]
     """the halves that learn; the other stays as it is"""
     steps: int = Field(default=300, ge=0)
     batch_size: int = Field(default=24, ge=1)

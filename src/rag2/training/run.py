@@ -21,7 +21,7 @@ from rag2.training.optim import Optimizer
 
 # Keys that may differ between a run and its continuation: they do not change what its steps up to
 # there have computed. (Other `steps` change the schedule from there on, where it decays.)
-FREE = ("out", "steps", "resume", "jobs", "log_with", "guard.action") + tuple(
+FREE = ("steps", "resume", "jobs", "log_with", "guard.action") + tuple(
     f"refresh.{key}" for key in ("patience", "retries", "nice", "duty", "cpus")
 )
 
@@ -96,8 +96,8 @@ class Run:
             # From step 0: what was left before the first checkpoint goes, but for a result, which
             # stays until this run has one of its own.
             if state is None:
-                for made in (made for name in UNDER_WAY for made in (self.out / name).glob("*")):
-                    artifact.remove(made)
+                for made in (path for name in UNDER_WAY for path in (self.out / name).glob("*")):
+                    artifact.remove(made) if made.is_dir() else made.unlink()
             artifact.replace(saved, config.dump(cfg))
 
     def due(self, step: int) -> bool:
@@ -175,7 +175,7 @@ def _refuse_changes(cfg: config.Config, saved: Path) -> None:
     old = _flat(config.load(type(cfg), str(saved), without=FREE).model_dump(mode="json"))
     new = _flat(cfg.model_dump(mode="json"))
     for key in {**old, **new}:
-        if key not in FREE and old.get(key) != new.get(key):
+        if key not in (*FREE, "out") and old.get(key) != new.get(key):
             raise UserError(
                 f"{saved.parent} was begun with {key}={old.get(key)!r}, not {new.get(key)!r}; "
                 "resume with the same settings or choose another out="

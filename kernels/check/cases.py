@@ -50,6 +50,7 @@ def _logits_gradient() -> list[Case]:
     found = []
     for short in NAMES.values():
         types = {"logits_ptr": f"*{short}", "lse_ptr": "*fp32", "grad_ptr": "*fp32"}
+        types["logp_ptr"] = "*fp32"
         constants = {"V": 131_072, "BV": 4096, "UP": False, "ACC": tl.float32}
         kernel = linear.logits_gradient
         found.append(

@@ -2,8 +2,10 @@
 
 C rows of a chunk, H hidden, V vocabulary. The exponentials exp(z - max z) of a chunk are the only
 [C, V] tensor; the gradient of the logits, g (onehot - softmax), is never stored. With E the
-exponentials, t their sum over V and a = g / t:
-    dh = g W[label] - a (E W);    dW = -E^T (a h), plus g h added to the rows of the labels
+exponentials, 0 at the labels, t the sum over all of V, a = g / t and o = g (1 - p(label)):
+    dh = o W[label] - a (E W);    dW = -E^T (a h), plus o h added to the rows of the labels
+The label's share is taken from its log-probability: where p is near 1, rounding E to half precision
+there would be larger than 1 - p.
 """
 
 from dataclasses import dataclass, replace
@@ -25,8 +27,8 @@ class Rows:
     hidden_CH: Tensor
     weight_VH: Tensor
     labels_C: Tensor
-    held_CV: Tensor  # the exponentials
-    norm_C: Tensor  # their sums
+    held_CV: Tensor  # the exponentials but those of the labels
+    norm_C: Tensor  # the sums of all
     logp_C: Tensor
 
     @classmethod
@@ -43,6 +45,7 @@ class Rows:
         exp_CV.sub_(most_C1).exp_()
         total_C = exp_CV.sum(-1)
         logp_C = label_C - most_C1[:, 0] - total_C.log()
+        exp_CV.scatter_(-1, labels_C[:, None], 0)
         return cls(hidden_CH, weight_VH, labels_C, exp_CV, total_C, logp_C)
 
     @property
@@ -55,14 +58,15 @@ class Rows:
     ) -> None:
         """Write the gradient of the rows and add that of the weight, given dloss/dlogp."""
         scaled_C1 = (grad_C / self.norm_C)[:, None]
+        own_C1 = (-grad_C * torch.expm1(self.logp_C))[:, None]
         exp_CV = self.held_CV.to(self.weight_VH.dtype)
         if dhidden_CH is not None:
-            own_CH = grad_C[:, None] * self.weight_VH[self.labels_C]
+            own_CH = own_C1 * self.weight_VH[self.labels_C]
             dhidden_CH.copy_(own_CH - scaled_C1 * product(exp_CV, self.weight_VH))
         if dweight_VH is not None:
             pulled_CH = (scaled_C1 * self.hidden_CH).to(exp_CV.dtype)
             add_product(dweight_VH, exp_CV.T, pulled_CH, alpha=-1)
-            own_CH = (grad_C[:, None] * self.hidden_CH).to(dweight_VH.dtype)
+            own_CH = (own_C1 * self.hidden_CH).to(dweight_VH.dtype)
             dweight_VH.index_add_(0, self.labels_C, own_CH)
 
     def take(self, some_R: Tensor) -> Self:

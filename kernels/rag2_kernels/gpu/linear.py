@@ -90,16 +90,21 @@ def linear_lse(
 
 @triton.jit
 def logits_gradient(
-    logits_ptr, lse_ptr, labels_ptr, grad_ptr,
+    logits_ptr, lse_ptr, logp_ptr, labels_ptr, grad_ptr,
     V: tl.constexpr, BV: tl.constexpr, UP: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """In place: z -> g (onehot(label) - exp(z - lse)), one row and BV columns a program."""
+    """In place: z -> g (onehot(label) - exp(z - lse)), one row and BV columns a program.
+
+    The label's entry comes from its log-probability: z has been rounded, and where p is near 1 that
+    is more than 1 - p.
+    """
     m = tl.program_id(0).to(tl.int64)
     v = tl.program_id(1) * BV + tl.arange(0, BV)
     grad = tl.load(grad_ptr + m).to(ACC)
     z_V = tl.load(logits_ptr + m * V + v, mask=v < V, other=0.0).to(ACC)
-    own_V = tl.where(v == tl.load(labels_ptr + m), 1.0, 0.0)
-    dz_V = grad * (own_V - tl.exp(z_V - tl.load(lse_ptr + m).to(ACC)))
+    own = 1.0 - tl.exp(tl.load(logp_ptr + m).to(ACC))
+    others_V = -tl.exp(z_V - tl.load(lse_ptr + m).to(ACC))
+    dz_V = grad * tl.where(v == tl.load(labels_ptr + m), own, others_V)
     narrow = _narrowed(dz_V, logits_ptr.dtype.element_ty, UP)
     tl.store(logits_ptr + m * V + v, narrow, mask=v < V)
 
@@ -174,7 +179,7 @@ class Rows(rows.Rows):
         if len(grad_C):
             with on_device(dlogits_CV):
                 logits_gradient[(len(grad_C), triton.cdiv(vocabulary, block))](
-                    *(dlogits_CV, self.norm_C, self.labels_C, grad_C.contiguous()),
+                    *(dlogits_CV, self.norm_C, self.logp_C, self.labels_C, grad_C.contiguous()),
                     **{"V": vocabulary, "BV": block, "UP": rounds(dlogits_CV.dtype)},
                     ACC=accumulator(self.norm_C.dtype),
                 )

@@ -1,11 +1,8 @@
 """Rows of logits z = h W^T, some at a time: log-probabilities, then gradients from the same rows.
 
-C rows of a chunk, H hidden, V vocabulary. The exponentials exp(z - max z) of a chunk are the only
-[C, V] tensor; the gradient of the logits, g (onehot - softmax), is never stored. With E the
-exponentials, 0 at the labels, t the sum over all of V, a = g / t and o = g (1 - p(label)):
-    dh = o W[label] - a (E W);    dW = -E^T (a h), plus o h added to the rows of the labels
-The label's share is taken from its log-probability: where p is near 1, rounding E to half precision
-there would be larger than 1 - p.
+C rows of a chunk, H hidden, V vocabulary. A chunk's logits and their gradient are the only [C, V]
+tensors. With g = dloss/dlogp:
+    dz = g (onehot(label) - softmax);  dh = dz W;  dW = dz^T h
 """
 
 from dataclasses import dataclass, replace
@@ -21,14 +18,14 @@ from rag2_kernels.reference import promoted
 class Rows:
     """The log-probabilities logp_C of C rows' labels, and what their gradients are made from."""
 
-    room: ClassVar[int] = 1 << 23  # logits held at once: 32 MiB in fp32
+    room: ClassVar[int] = 1 << 24  # logits held at once: 64 MiB in fp32
     spends: ClassVar[bool] = False  # whether `backward` writes over what is held
 
     hidden_CH: Tensor
     weight_VH: Tensor
     labels_C: Tensor
-    held_CV: Tensor  # the exponentials but those of the labels
-    norm_C: Tensor  # the sums of all
+    held_CV: Tensor  # the logits
+    norm_C: Tensor  # their log-sum-exp
     logp_C: Tensor
 
     @classmethod
@@ -38,15 +35,11 @@ class Rows:
 
     @classmethod
     def of(cls, hidden_CH: Tensor, weight_VH: Tensor, labels_C: Tensor) -> Self:
-        """Their logits, exponentials and log-probabilities."""
-        exp_CV = product(hidden_CH, weight_VH.T)
-        most_C1 = exp_CV.amax(-1, keepdim=True)
-        label_C = exp_CV.gather(-1, labels_C[:, None])[:, 0]
-        exp_CV.sub_(most_C1).exp_()
-        total_C = exp_CV.sum(-1)
-        logp_C = label_C - most_C1[:, 0] - total_C.log()
-        exp_CV.scatter_(-1, labels_C[:, None], 0)
-        return cls(hidden_CH, weight_VH, labels_C, exp_CV, total_C, logp_C)
+        """Their logits and log-probabilities."""
+        logits_CV = product(hidden_CH, weight_VH.T)
+        lse_C = logits_CV.logsumexp(-1)
+        logp_C = logits_CV.gather(-1, labels_C[:, None])[:, 0] - lse_C
+        return cls(hidden_CH, weight_VH, labels_C, logits_CV, lse_C, logp_C)
 
     @property
     def kept(self) -> tuple[Tensor, Tensor]:
@@ -57,17 +50,12 @@ class Rows:
         self, grad_C: Tensor, dhidden_CH: Tensor | None, dweight_VH: Tensor | None
     ) -> None:
         """Write the gradient of the rows and add that of the weight, given dloss/dlogp."""
-        scaled_C1 = (grad_C / self.norm_C)[:, None]
-        own_C1 = (-grad_C * torch.expm1(self.logp_C))[:, None]
-        exp_CV = self.held_CV.to(self.weight_VH.dtype)
+        dlogits_CV = (self.held_CV - self.norm_C[:, None]).exp_().mul_(-grad_C[:, None])
+        dlogits_CV.scatter_add_(-1, self.labels_C[:, None], grad_C[:, None])
         if dhidden_CH is not None:
-            own_CH = own_C1 * self.weight_VH[self.labels_C]
-            dhidden_CH.copy_(own_CH - scaled_C1 * product(exp_CV, self.weight_VH))
+            dhidden_CH.copy_(product(dlogits_CV.to(self.weight_VH.dtype), self.weight_VH))
         if dweight_VH is not None:
-            pulled_CH = (scaled_C1 * self.hidden_CH).to(exp_CV.dtype)
-            add_product(dweight_VH, exp_CV.T, pulled_CH, alpha=-1)
-            own_CH = (own_C1 * self.hidden_CH).to(dweight_VH.dtype)
-            dweight_VH.index_add_(0, self.labels_C, own_CH)
+            dweight_VH += product(dlogits_CV.to(self.hidden_CH.dtype).T, self.hidden_CH)
 
     def take(self, some_R: Tensor) -> Self:
         """Some of the rows."""

@@ -14,7 +14,9 @@ def whole_numbers(rows, width):
     return torch.randint(-2, 3, (rows, width), device=DEVICE).float()
 
 
-def fuzz(dice, cases, impl, most):
+def differing(dice, cases, impl, most):
+    """The random cases in which rows or scores are not those of a full sort."""
+    found = []
     for case in range(cases):
         queries, rows, width = dice.randint(1, 9), dice.randint(1, most), dice.randint(1, 40)
         k = dice.randint(1, 70)
@@ -23,24 +25,24 @@ def fuzz(dice, cases, impl, most):
             corpus_ND[dice.randrange(rows) :] = corpus_ND[0]  # as many equal ones as there may be
         scores_BK, rows_BK = mips_topk(queries_BD, corpus_ND, k, impl=impl)
         wanted_BK, wanted = reference.mips_topk(queries_BD.double(), corpus_ND.double(), k)
-        told = f"case {case}: {queries} x {rows} x {width}, k={k}"
-        assert torch.equal(rows_BK, wanted), told
-        assert torch.equal(scores_BK.double(), wanted_BK), told
+        if not (torch.equal(rows_BK, wanted) and torch.equal(scores_BK.double(), wanted_BK)):
+            found.append(f"case {case}: {queries} x {rows} x {width}, k={k}")
+    return found
 
 
 @pytest.mark.parametrize("scores", [1, 500, 1 << 24])
 def test_torch_finds_the_same_rows_as_a_full_sort_ties_included(dice, scores, monkeypatch):
     monkeypatch.setattr(topk, "SCORES", scores)
-    fuzz(dice, 150, "torch", 300)
+    assert not differing(dice, 150, "torch", 300)
 
 
 def test_triton_finds_the_same_rows_as_a_full_sort_ties_included(dice):
-    fuzz(dice, 25, "triton", 500)
+    assert not differing(dice, 25, "triton", 500)
 
 
 @pytest.mark.slow
 def test_triton_finds_the_same_rows_in_four_hundred_cases(dice):
-    fuzz(dice, 400, "triton", 700)
+    assert not differing(dice, 400, "triton", 700)
 
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])

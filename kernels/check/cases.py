@@ -1,12 +1,13 @@
 """Every kernel in every shape that is launched on a GPU: what the compile-only check builds."""
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import triton.language as tl
 
-from rag2_kernels.gpu import linear, marginal
+from rag2_kernels.gpu import groupmax, linear, marginal, pool
 from rag2_kernels.gpu.launch import Tiles, table
 
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -27,8 +28,8 @@ class Case:
 
 
 def all_cases() -> list[Case]:
-    """Those of the marginal, and of each tuned shape of the matrix kernels."""
-    return [*_marginal(), *_logits_gradient(), *_linear()]
+    """Those without tuned shapes, and each tuned shape of the matrix kernels."""
+    return [*_marginal(), *_pool(), *_logits_gradient(), *_linear(), *_group_maxima()]
 
 
 def _marginal() -> list[Case]:
@@ -46,6 +47,24 @@ def _marginal() -> list[Case]:
     return found
 
 
+def _pool() -> list[Case]:
+    """The widths of a small and a large encoder, the smaller one normalised."""
+    found = []
+    for short in NAMES.values():
+        states = {"hidden_ptr": f"*{short}", "mask_ptr": "*i1", "L": "i32"}
+        sums = dict.fromkeys(("out_ptr", "norm_ptr", "grad_ptr"), "*fp32")
+        types = {**states, **sums, "dhidden_ptr": f"*{short}"}
+        for width, normalize in ((384, True), (1024, False)):
+            constants = pool.constants(width, normalize, torch.float32)
+            for kernel, tiles in (
+                (pool._forward, {"TILES": 512 // constants["BL"]}),
+                (pool._backward, {}),
+            ):
+                name = f"pool{kernel.fn.__name__}_{short}_{width}"
+                found.append(Case(name, kernel, types, {**constants, **tiles}))
+    return found
+
+
 def _logits_gradient() -> list[Case]:
     found = []
     for short in NAMES.values():
@@ -60,32 +79,56 @@ def _logits_gradient() -> list[Case]:
 
 
 def _linear() -> list[Case]:
-    """Each entry of linear_lse.json, with descriptors and without, storing logits and not."""
+    """Each shape of linear_lse, storing logits and not."""
     found = []
-    for entry in table("linear_lse", "any"):
+    for weight, shape, dtype in _tuned("linear_lse"):
+        for store in (False, True):
+            types = dict.fromkeys(("most_ptr", "total_ptr", "label_ptr"), "*fp32")
+            types |= {"out_ptr": f"*{NAMES[dtype]}" if store else "*fp32"}
+            types |= {"labels_ptr": "*i64", "M": "i32"}
+            constants = linear.constants(shape, weight, store)
+            case = _matrix(linear.linear_lse, "xw", weight, shape, types, constants)
+            found.append(replace(case, name=case.name + "_store") if store else case)
+    return found
+
+
+def _group_maxima() -> list[Case]:
+    found = []
+    for corpus, shape, _ in _tuned("group_maxima"):
+        types = {"out_ptr": "*fp32", "B": "i32", "N": "i32"}
+        constants = groupmax.constants(shape, corpus)
+        found.append(_matrix(groupmax.group_maxima, "qc", corpus, shape, types, constants))
+    return found
+
+
+def _tuned(kernel: str) -> Iterator[tuple[torch.Tensor, Tiles, torch.dtype]]:
+    """Second factor (without data), tiles and dtype of each entry, with descriptors and without."""
+    for entry in table(kernel, "any"):
         shapes = {Tiles(**entry["tiles"])}
         shapes.add(Tiles(**{**entry["tiles"], "TMA": False, **entry["pointer"]}))
         for shape in sorted(shapes, key=str):
             for dtype in BITS[entry["bits"]]:
-                for store in (False, True):
-                    found.append(_linear_case(entry["shape"][1:], shape, dtype, store))
-    return found
+                yield torch.empty(*entry["shape"][1:], dtype=dtype, device="meta"), shape, dtype
 
 
-def _linear_case(weight: list[int], shape: Tiles, dtype: torch.dtype, store: bool) -> Case:
-    short = NAMES[dtype]
-    descriptor = {
-        name: f"tensordesc<{short}[{rows}, {shape.BH}]>" if shape.TMA else "i32"
-        for name, rows in (("x_desc", shape.BM), ("w_desc", shape.BN))
-    }
-    types = {**descriptor, "x_ptr": f"*{short}", "w_ptr": f"*{short}", "labels_ptr": "*i64"}
-    types |= dict.fromkeys(("most_ptr", "total_ptr", "label_ptr"), "*fp32")
-    types |= {"out_ptr": f"*{short}" if store else "*fp32", "M": "i32"}
-    constants = linear.constants(shape, torch.empty(*weight, dtype=dtype, device="meta"), store)
-    how = ("tma" if shape.TMA else "pointer") + ("_store" if store else "")
-    name = f"linear_lse_{short}_{shape.BM}x{shape.BN}x{shape.BH}_{weight[1]}_{how}"
+def _matrix(
+    kernel: Any,
+    factors: str,
+    second: torch.Tensor,
+    shape: Tiles,
+    types: dict[str, str],
+    constants: dict[str, Any],
+) -> Case:
+    """A kernel of the product of two factors, whose arguments begin with these letters."""
+    short = NAMES[second.dtype]
+    for factor, rows in zip(factors, (shape.BM, shape.BN), strict=True):
+        descriptor = f"tensordesc<{short}[{rows}, {shape.BH}]>"
+        types |= {
+            f"{factor}_desc": descriptor if shape.TMA else "i32",
+            f"{factor}_ptr": f"*{short}",
+        }
+    tile = f"{shape.BM}x{shape.BN}x{shape.BH}_{second.shape[1]}"
+    name = f"{kernel.fn.__name__}_{short}_{tile}_{'tma' if shape.TMA else 'pointer'}"
     # Exact products of fp32 are not the tensor cores'.
-    cores = dtype != torch.float32
-    return Case(
-        name, linear.linear_lse, types, constants, shape.warps, shape.stages, tensor_cores=cores
-    )
+    cores = second.dtype != torch.float32
+    return Case(name, kernel, types, constants, shape.warps, shape.stages, tensor_cores=cores)

@@ -65,21 +65,12 @@ class Rows:
 
 def product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b summed and returned in fp32 (fp64 for fp64), whatever the dtypes of the inputs."""
-    if _tensor_cores(a, b):
+    if tensor_cores(a, b):
         return torch.mm(a, b, out_dtype=torch.float32)  # no fp32 copy of the weight
     wide = promoted(a, b)
     return a.to(wide) @ b.to(wide)
 
 
-def add_product(into: Tensor, a: Tensor, b: Tensor, alpha: float = 1) -> None:
-    """into += alpha a @ b, without a second tensor of its size where the dtypes allow it."""
-    if a.dtype == b.dtype == into.dtype:
-        into.addmm_(a, b, alpha=alpha)
-    elif _tensor_cores(a, b) and into.dtype == torch.float32:
-        torch.addmm(into, a, b, alpha=alpha, out_dtype=torch.float32, out=into)
-    else:
-        into.add_(product(a, b), alpha=alpha)
-
-
-def _tensor_cores(a: Tensor, b: Tensor) -> bool:
+def tensor_cores(a: Tensor, b: Tensor) -> bool:
+    """Whether a product in half precision may leave its sum in fp32."""
     return a.is_cuda and a.dtype == b.dtype and a.dtype in (torch.bfloat16, torch.float16)

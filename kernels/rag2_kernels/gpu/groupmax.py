@@ -13,7 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rag2_kernels.gpu.launch import Tiles, accumulator, descriptors, on_device, rounds, tiles
+from rag2_kernels.gpu.launch import Tiles, arithmetic, descriptors, on_device, tiles
+from rag2_kernels.gpu.tile import place
+from rag2_kernels.gpu.tile import product as tile_product
 from rag2_kernels.reference import promoted
 from rag2_kernels.topk import best_rows
 
@@ -29,32 +31,14 @@ def group_maxima(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The maxima [B, tiles * GROUPS] of each tile's groups; -inf where a group has no row."""
-    row_tiles = (B + BM - 1) // BM
     columns = (N + BN - 1) // BN
-    group = tl.program_id(0) // (GROUP * columns)
-    wide = tl.minimum(row_tiles - group * GROUP, GROUP)
-    inside = tl.program_id(0) - group * GROUP * columns
-    m0 = (group * GROUP + inside % wide) * BM
-    tile = inside // wide
-    n0 = tile * BN
-    m = m0 + tl.arange(0, BM)
-    n = n0 + tl.arange(0, BN)
-    h = tl.arange(0, BH)
-    acc = tl.zeros([BM, BN], ACC)
-    for h0 in range(0, D, BH):
-        if TMA:
-            q = q_desc.load([m0, h0])
-            c = c_desc.load([n0, h0])
-        else:
-            deep_H = h0 + h < D
-            at_q = m.to(tl.int64)[:, None] * D + (h0 + h)[None, :]
-            q = tl.load(q_ptr + at_q, mask=(m < B)[:, None] & deep_H[None, :], other=0.0)
-            at_c = n.to(tl.int64)[:, None] * D + (h0 + h)[None, :]
-            c = tl.load(c_ptr + at_c, mask=(n < N)[:, None] & deep_H[None, :], other=0.0)
-        if UP:
-            q = q.to(ACC)
-            c = c.to(ACC)
-        acc = tl.dot(q, tl.trans(c), acc, input_precision=PRECISION, out_dtype=ACC)
+    row, tile = place(tl.program_id(0), (B + BM - 1) // BM, columns, GROUP)
+    m = row * BM + tl.arange(0, BM)
+    n = tile * BN + tl.arange(0, BN)
+    acc = tile_product(
+        q_desc, c_desc, q_ptr, c_ptr, row * BM, tile * BN, B, N,
+        D, BM, BN, BH, TMA, UP, ACC, PRECISION,
+    )  # fmt: skip
     acc = tl.where((n < N)[None, :], acc, float("-inf"))
     most = tl.max(tl.reshape(acc, [BM, BN // GROUPS, GROUPS]), 1)
     at = m.to(tl.int64)[:, None] * (columns * GROUPS) + (tile * GROUPS + tl.arange(0, GROUPS))
@@ -95,15 +79,11 @@ def search(queries_BD: Tensor, corpus_ND: Tensor, k: int) -> Tensor:
 
 def constants(shape: Tiles, corpus_ND: Tensor) -> dict:
     """The compile-time arguments of `group_maxima`."""
-    exact = torch.get_float32_matmul_precision() == "highest"
-    exact |= corpus_ND.dtype == torch.float64
     return {
         "D": corpus_ND.shape[1],
         "GROUPS": GROUPS,
         **{name: getattr(shape, name) for name in ("BM", "BN", "BH", "GROUP", "TMA")},
-        "UP": rounds(corpus_ND.dtype),
-        "ACC": accumulator(corpus_ND.dtype),
-        "PRECISION": "ieee" if exact else "tf32",
+        **arithmetic(corpus_ND.dtype),
     }
 
 

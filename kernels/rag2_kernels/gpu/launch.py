@@ -77,6 +77,16 @@ def accumulator(dtype: torch.dtype) -> tl.dtype:
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
+def arithmetic(dtype: torch.dtype) -> dict:
+    """The compile-time arguments of every matrix kernel that go by its inputs' dtype."""
+    exact = torch.get_float32_matmul_precision() == "highest" or dtype == torch.float64
+    return {
+        "UP": rounds(dtype),
+        "ACC": accumulator(dtype),
+        "PRECISION": "ieee" if exact else "tf32",
+    }
+
+
 def on_device(tensor: Tensor) -> AbstractContextManager:
     """Triton launches on the current device: make it the tensor's."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

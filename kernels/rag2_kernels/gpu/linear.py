@@ -16,19 +16,19 @@ import triton.language as tl
 from torch import Tensor
 
 from rag2_kernels import rows
-from rag2_kernels.gpu.launch import Tiles, accumulator, descriptors, on_device, rounds, tiles
+from rag2_kernels.gpu.launch import (
+    Tiles,
+    accumulator,
+    arithmetic,
+    descriptors,
+    on_device,
+    rounds,
+    tiles,
+)
+from rag2_kernels.gpu.tile import narrowed, place
+from rag2_kernels.gpu.tile import product as tile_product
 from rag2_kernels.reference import promoted
-from rag2_kernels.rows import add_product, product
-
-
-@triton.jit
-def _narrowed(x, dtype: tl.constexpr, UP: tl.constexpr):
-    """To dtype; to bfloat16 in the interpreter, too, rounded to even, where it would cut off."""
-    if UP:
-        bits = x.to(tl.float32).to(tl.int32, bitcast=True)
-        bits += 0x7FFF + ((bits >> 16) & 1)
-        x = (bits & -65536).to(tl.float32, bitcast=True)
-    return x.to(dtype)
+from rag2_kernels.rows import product, tensor_cores
 
 
 @triton.jit
@@ -39,42 +39,24 @@ def linear_lse(
     UP: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Partial maxima, sums of exponentials and label logits, [splits, M]; perhaps the logits."""
-    # Programs beside each other share their rows of W, and GROUP tiles of X stay in the cache.
     splits: tl.constexpr = ((V + BN - 1) // BN + SPAN - 1) // SPAN
-    row_tiles = (M + BM - 1) // BM
-    group = tl.program_id(0) // (GROUP * splits)
-    wide = tl.minimum(row_tiles - group * GROUP, GROUP)
-    inside = tl.program_id(0) - group * GROUP * splits
-    m0 = (group * GROUP + inside % wide) * BM
-    split = inside // wide
-    m = m0 + tl.arange(0, BM)
+    row, split = place(tl.program_id(0), (M + BM - 1) // BM, splits, GROUP)
+    m = row * BM + tl.arange(0, BM)
     n = tl.arange(0, BN)
-    h = tl.arange(0, BH)
     label_M = tl.load(labels_ptr + m, mask=m < M, other=-1)
     most_M = tl.full([BM], float("-inf"), ACC)
     total_M = tl.zeros([BM], ACC)
     own_M = tl.zeros([BM], ACC)
     for tile in range(SPAN):
         n0 = (split * SPAN + tile) * BN
-        acc = tl.zeros([BM, BN], ACC)
-        for h0 in range(0, H, BH):
-            if TMA:
-                x = x_desc.load([m0, h0])
-                w = w_desc.load([n0, h0])
-            else:
-                deep_H = h0 + h < H
-                at_x = m.to(tl.int64)[:, None] * H + (h0 + h)[None, :]
-                x = tl.load(x_ptr + at_x, mask=(m < M)[:, None] & deep_H[None, :], other=0.0)
-                at_w = (n0 + n).to(tl.int64)[:, None] * H + (h0 + h)[None, :]
-                w = tl.load(w_ptr + at_w, mask=(n0 + n < V)[:, None] & deep_H[None, :], other=0.0)
-            if UP:  # the interpreter multiplies the bits of bfloat16
-                x = x.to(ACC)
-                w = w.to(ACC)
-            acc = tl.dot(x, tl.trans(w), acc, input_precision=PRECISION, out_dtype=ACC)
+        acc = tile_product(
+            x_desc, w_desc, x_ptr, w_ptr, row * BM, n0, M, V,
+            H, BM, BN, BH, TMA, UP, ACC, PRECISION,
+        )  # fmt: skip
         if STORE:
             at = m.to(tl.int64)[:, None] * V + (n0 + n)[None, :]
             inside_MN = (m < M)[:, None] & (n0 + n < V)[None, :]
-            narrow = _narrowed(acc, out_ptr.dtype.element_ty, UP)
+            narrow = narrowed(acc, out_ptr.dtype.element_ty, UP)
             tl.store(out_ptr + at, narrow, mask=inside_MN)
         own_M += tl.sum(tl.where((n0 + n)[None, :] == label_M[:, None], acc, 0.0), 1)
         acc = tl.where((n0 + n < V)[None, :], acc, float("-inf"))
@@ -105,7 +87,7 @@ def logits_gradient(
     own = 1.0 - tl.exp(tl.load(logp_ptr + m).to(ACC))
     others_V = -tl.exp(z_V - tl.load(lse_ptr + m).to(ACC))
     dz_V = grad * tl.where(v == tl.load(labels_ptr + m), own, others_V)
-    narrow = _narrowed(dz_V, logits_ptr.dtype.element_ty, UP)
+    narrow = narrowed(dz_V, logits_ptr.dtype.element_ty, UP)
     tl.store(logits_ptr + m * V + v, narrow, mask=v < V)
 
 
@@ -138,16 +120,12 @@ def label_logprob(
 
 def constants(shape: Tiles, weight_VH: Tensor, store: bool) -> dict:
     """The compile-time arguments of `linear_lse`."""
-    dtype = weight_VH.dtype
-    exact = torch.get_float32_matmul_precision() == "highest" or dtype == torch.float64
     return {
         "V": weight_VH.shape[0],
         "H": weight_VH.shape[1],
         **{name: getattr(shape, name) for name in ("BM", "BN", "BH", "SPAN", "GROUP", "TMA")},
         "STORE": store,
-        "UP": rounds(dtype),
-        "ACC": accumulator(dtype),
-        "PRECISION": "ieee" if exact else "tf32",
+        **arithmetic(weight_VH.dtype),
     }
 
 
@@ -186,4 +164,14 @@ class Rows(rows.Rows):
         if dhidden_CH is not None:
             dhidden_CH.copy_(product(dlogits_CV, self.weight_VH))
         if dweight_VH is not None:
-            add_product(dweight_VH, dlogits_CV.T, self.hidden_CH)
+            _add_product(dweight_VH, dlogits_CV.T, self.hidden_CH)
+
+
+def _add_product(into: Tensor, a: Tensor, b: Tensor) -> None:
+    """into += a @ b, without a second tensor of its size where the dtypes allow it."""
+    if a.dtype == b.dtype == into.dtype:
+        into.addmm_(a, b)
+    elif tensor_cores(a, b) and into.dtype == torch.float32:
+        torch.addmm(into, a, b, out_dtype=torch.float32, out=into)
+    else:
+        into += product(a, b)

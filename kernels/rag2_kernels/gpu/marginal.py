@@ -61,7 +61,7 @@ def _forward(
     sum_K = tl.zeros([BK], ACC)  # of the answer's log p, or of the tokens' posteriors
     loss = tl.zeros([1], ACC)
     tokens = tl.zeros([1], ACC)
-    for tile in tl.static_range(TILES):
+    for tile in range(TILES):
         t = tile * BT + tl.arange(0, BT)
         _, _, used_KT, logp_KT = _tokens(logp_ptr, mask_ptr, b, k, t, K, T, prior_K, ACC)
         if TOKEN:
@@ -96,7 +96,7 @@ def _backward(
     posterior_K = tl.load(posterior_ptr + b * K + k, mask=k < K, other=0.0).to(ACC)
     grad = tl.load(grad_ptr + b).to(ACC)
     tokens = tl.zeros([1], ACC)
-    for tile in tl.static_range(TILES):
+    for tile in range(TILES):
         t = tile * BT + tl.arange(0, BT)
         at_KT, inside_KT, used_KT, logp_KT = _tokens(
             logp_ptr, mask_ptr, b, k, t, K, T, prior_K, ACC

@@ -9,7 +9,7 @@ from torch import Tensor
 from rag2_kernels.gpu.launch import accumulator, on_device
 from rag2_kernels.reference import promoted
 
-TOKENS = 16  # of a text that a program holds at once
+HELD = 8192  # states that a program holds at once: 64 registers of each of 128 threads
 
 
 @triton.jit
@@ -20,16 +20,17 @@ def _forward(
 ):  # fmt: skip
     b = tl.program_id(0).to(tl.int64)
     h = tl.arange(0, BH)
-    sum_H = tl.zeros([BH], ACC)
-    count = tl.zeros([1], ACC)
-    for tile in tl.static_range(TILES):
+    sum_LH = tl.zeros([BL, BH], ACC)
+    count_L = tl.zeros([BL], ACC)
+    for tile in range(TILES):
         pos = tile * BL + tl.arange(0, BL)
         used_L = tl.load(mask_ptr + b * L + pos, mask=pos < L, other=0) != 0
         at_LH = (b * L + pos[:, None]) * H + h[None, :]
         mask_LH = used_L[:, None] & (h < H)[None, :]
-        sum_H += tl.sum(tl.load(hidden_ptr + at_LH, mask=mask_LH, other=0.0).to(ACC), 0)
-        count += tl.sum(used_L.to(ACC), 0)
-    mean_H = sum_H / tl.maximum(count, 1.0)
+        sum_LH += tl.load(hidden_ptr + at_LH, mask=mask_LH, other=0.0).to(ACC)
+        count_L += used_L.to(ACC)
+    count = tl.sum(count_L, 0) + tl.zeros([1], ACC)
+    mean_H = tl.sum(sum_LH, 0) / tl.maximum(count, 1.0)
     norm = tl.sqrt(tl.sum(mean_H * mean_H, 0)) + tl.zeros([1], ACC)
     if NORMALIZE:
         mean_H = mean_H / tl.maximum(norm, 1e-12)
@@ -66,11 +67,12 @@ def masked_mean_pool(hidden_BLH: Tensor, mask_BL: Tensor, normalize: bool) -> tu
     """As `reference.masked_mean_pool`, and [B, 2]: the norm before it and the tokens of a text."""
     out_BH, norm_B2 = _empty(hidden_BLH, mask_BL, normalize)
     texts, tokens, width = hidden_BLH.shape
+    shape = constants(width, normalize, out_BH.dtype)
     with on_device(hidden_BLH):
         _forward[(texts,)](
             *(hidden_BLH.contiguous(), mask_BL.contiguous(), out_BH, norm_B2, tokens),
-            TILES=triton.cdiv(tokens, TOKENS),
-            **_shape(width, normalize, out_BH.dtype),
+            TILES=triton.cdiv(tokens, shape["BL"]),
+            **shape,
         )
     return out_BH, norm_B2
 
@@ -96,10 +98,11 @@ def _gradient(
 ) -> Tensor:
     dhidden_BLH = _empty_gradient(hidden_BLH, mask_BL, out_BH, norm_B2, grad_BH, normalize)
     texts, tokens, width = hidden_BLH.shape
+    shape = constants(width, normalize, out_BH.dtype)
     with on_device(hidden_BLH):
-        _backward[(texts, triton.cdiv(tokens, TOKENS))](
+        _backward[(texts, triton.cdiv(tokens, shape["BL"]))](
             *(mask_BL.contiguous(), out_BH, norm_B2, grad_BH.contiguous(), dhidden_BLH, tokens),
-            **_shape(width, normalize, out_BH.dtype),
+            **shape,
         )
     return dhidden_BLH
 
@@ -129,11 +132,13 @@ def _pull(ctx, grad_BH: Tensor, _):
 masked_mean_pool.register_autograd(_pull, setup_context=_remember)
 
 
-def _shape(width: int, normalize: bool, wide: torch.dtype) -> dict:
+def constants(width: int, normalize: bool, wide: torch.dtype) -> dict:
+    """The compile-time arguments of both kernels, but for the number of tiles."""
+    padded = triton.next_power_of_2(width)
     return {
         "H": width,
-        "BL": TOKENS,
-        "BH": triton.next_power_of_2(width),
+        "BL": min(16, max(1, HELD // padded)),
+        "BH": padded,
         "NORMALIZE": normalize,
         "ACC": accumulator(wide),
     }

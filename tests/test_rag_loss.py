@@ -10,7 +10,7 @@ from rag2.losses.loop import LOOP
 from rag2.losses.marginal import Marginal
 from rag2.losses.pdist import PDist
 from rag2_kernels import rag_loss, reference
-from rag2_kernels.rows import Rows
+from rag2_kernels.scaled import ScaledRows
 
 pytestmark = pytest.mark.usefixtures("seed")
 
@@ -41,12 +41,13 @@ def defined(hidden_MH, weight_VH, labels_M, pair_M, scores_BK, loss, prompts):
     return loss_B, posterior_BK, gradients
 
 
-@pytest.mark.parametrize("workspace", [1, 200, 10**9])
+@pytest.mark.parametrize("workspace, whole", [(1, 1), (1, 10**9), (200, 200), (10**9, 10**9)])
 @pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: f"{loss.name}-{loss.model_dump_json()}")
 def test_every_separable_loss_is_the_definition_s_in_value_and_gradient(
-    loss, workspace, monkeypatch
+    loss, workspace, whole, monkeypatch
 ):
-    monkeypatch.setattr(Rows, "room", workspace)
+    monkeypatch.setattr(ScaledRows, "room", workspace)
+    monkeypatch.setattr(ScaledRows, "whole", whole)
     prompts = len(loss.subsets(4))
     given = inputs(prompts=prompts)
     loss_B, posterior_BK, wanted = defined(*given, loss, prompts)
@@ -69,9 +70,12 @@ def test_the_fused_loss_passes_gradcheck_in_double():
     )
 
 
-@pytest.mark.parametrize("workspace", [1, 10**9])
-def test_prompts_below_the_bound_get_no_gradient_and_the_others_theirs(workspace, monkeypatch):
-    monkeypatch.setattr(Rows, "room", workspace)
+@pytest.mark.parametrize("workspace, whole", [(1, 1), (1, 10**9), (10**9, 10**9)])
+def test_prompts_below_the_bound_get_no_gradient_and_the_others_theirs(
+    workspace, whole, monkeypatch
+):
+    monkeypatch.setattr(ScaledRows, "room", workspace)
+    monkeypatch.setattr(ScaledRows, "whole", whole)
     given = inputs(questions=20)
     hidden_MH, weight_VH, labels_M, pair_M, scores_BK = given
     _, posterior_BK, (dhidden_MH, _, dscores_BK) = defined(*given, Marginal(), 4)

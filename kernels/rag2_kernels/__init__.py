@@ -13,6 +13,7 @@ from rag2_kernels import fused, logprob, pool, reference, topk
 from rag2_kernels.fused import RagLoss
 from rag2_kernels.reference import Loss
 from rag2_kernels.rows import Rows
+from rag2_kernels.scaled import ScaledRows
 
 __all__ = [
     "Loss",
@@ -36,7 +37,7 @@ def answer_logprob(
     impl: str = "auto",
 ) -> Tensor:
     """Log-probability in nats of each label under `softmax(hidden W^T)`: see `reference`."""
-    rows = _rows(impl, hidden_MH)
+    rows = _rows(impl, hidden_MH, Rows)
     return logprob.answer_logprob(hidden_MH, weight_VH, labels_M, chunk, rows)
 
 
@@ -79,7 +80,8 @@ def rag_loss(
     """
     prompts = scores_BK.shape[1] if prompts is None else prompts
     given = (hidden_MH, weight_VH, labels_M, pair_M, scores_BK)
-    return fused.rag_loss(*given, loss, prompts, skip_below, _rows(impl, hidden_MH))
+    rows = _rows(impl, hidden_MH, ScaledRows)
+    return fused.rag_loss(*given, loss, prompts, skip_below, rows)
 
 
 def mips_topk(
@@ -117,9 +119,9 @@ def masked_mean_pool(
     return kernel.masked_mean_pool(hidden_BLH, mask_BL, normalize)[0]
 
 
-def _rows(impl: str, tensor: Tensor) -> type[Rows]:
+def _rows(impl: str, tensor: Tensor, plain: type[Rows]) -> type[Rows]:
     if not _triton(impl, tensor):
-        return Rows
+        return plain
     from rag2_kernels.gpu import linear
 
     return linear.Rows

@@ -74,24 +74,27 @@ class _RagLoss(torch.autograd.Function):
         dscores_BK = torch.zeros_like(scores_BK)
         questions = len(scores_BK)
         ends_B = torch.bincount(pair_M // prompts, minlength=questions).cumsum(0).tolist()
+        parts = _whole_questions(ends_B, rows.room // len(weight_VH))
+        head = _Head(weight_VH, rows, max(end - start for _, _, start, end in parts))
         results, kept = [], 0
-        for first, last in _whole_questions(ends_B, rows.room // len(weight_VH)):
-            some = slice(ends_B[first - 1] if first else 0, ends_B[last - 1])
-            group = _Group(hidden_MH[some], weight_VH, labels_M[some], rows)
+        for first, last, start, end in parts:
+            some = slice(start, end)
+            group = head(hidden_MH[some], labels_M[some])
             scores_bK = scores_BK[first:last].detach().requires_grad_()
             pair_C = pair_M[some] - first * prompts
             loss_b, posterior_bK, grad_C = _closed(group.logp_C, pair_C, scores_bK, loss, prompts)
             if scores_bK.grad is not None:
-                dscores_BK[first:last] = scores_bK.grad
+                dscores_BK[first:last] = scores_bK.grad / questions
             results.append((loss_b, posterior_bK))
             felt_C = _felt(grad_C, pair_C, (last - first) * prompts, skip_below)
             kept += int(felt_C.sum())
             into = None if dhidden_MH is None else dhidden_MH[some]
             if into is not None or dweight_VH is not None:
-                group.backward(grad_C, felt_C, into, dweight_VH)
+                group.backward(grad_C / questions, felt_C, into, dweight_VH)
         loss_B, posterior_BK = (torch.cat(part) for part in zip(*results, strict=True))
         kept_share = loss_B.new_tensor(kept / max(1, len(labels_M)))
-        ctx.questions, ctx.weight_dtype = questions, weight_VH.dtype
+        if dweight_VH is not None:
+            dweight_VH = dweight_VH.to(weight_VH.dtype)
         ctx.save_for_backward(dhidden_MH, dweight_VH, dscores_BK)
         ctx.mark_non_differentiable(loss_B, posterior_BK, kept_share)
         return loss_B.mean(), loss_B, posterior_BK, kept_share
@@ -99,27 +102,43 @@ class _RagLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad, *_):  # pyright: ignore[reportIncompatibleMethodOverride]
-        share = grad / ctx.questions
-        dhidden_MH, dweight_VH, dscores_BK = (
-            None if d is None else d * share for d in ctx.saved_tensors
-        )
-        if dweight_VH is not None:
-            dweight_VH = dweight_VH.to(ctx.weight_dtype)
+        made = ctx.saved_tensors
+        if float(grad) != 1:  # as they are, autograd takes them over: no second [V, H]
+            made = [None if d is None else d * grad.to(d.dtype) for d in made]
+        dhidden_MH, dweight_VH, dscores_BK = made
         return dhidden_MH, dweight_VH, None, None, dscores_BK, None, None, None, None
+
+
+class _Head:
+    """The output head, with space for the logits of at most so many rows at once."""
+
+    def __init__(self, weight_VH: Tensor, rows: type[Rows], most: int) -> None:
+        self.weight_VH, self.rows = weight_VH, rows
+        self.chunk = max(1, rows.room // len(weight_VH))
+        self.whole = max(self.chunk, rows.whole // len(weight_VH))
+        held = most if most <= self.whole else self.chunk
+        dtype = rows.held_dtype(weight_VH)
+        self.space = weight_VH.new_empty(held * len(weight_VH), dtype=dtype)
+
+    def __call__(self, hidden_CH: Tensor, labels_C: Tensor) -> "_Group":
+        return _Group(self, hidden_CH, labels_C)
+
+    def of(self, hidden_CH: Tensor, labels_C: Tensor) -> Rows:
+        """The rows' logits, in place of those before."""
+        return self.rows.of(hidden_CH, self.weight_VH, labels_C, self.space)
 
 
 class _Group:
     """The rows of some whole questions, their logits held if there is room, else computed again."""
 
-    def __init__(
-        self, hidden_CH: Tensor, weight_VH: Tensor, labels_C: Tensor, rows: type[Rows]
-    ) -> None:
-        self.given, self.make = (hidden_CH, weight_VH, labels_C), rows
-        self.chunk = max(1, rows.room // len(weight_VH))
-        self.rows = rows.of(*self.given) if len(labels_C) <= self.chunk else None
+    def __init__(self, head: _Head, hidden_CH: Tensor, labels_C: Tensor) -> None:
+        self.head, self.given = head, (hidden_CH, labels_C)
+        self.rows = head.of(hidden_CH, labels_C) if len(labels_C) <= head.whole else None
         if self.rows is None:
             with torch.no_grad():
-                self.logp_C = answer_logprob(*self.given, self.chunk, rows)
+                self.logp_C = answer_logprob(
+                    hidden_CH, head.weight_VH, labels_C, head.chunk, head.rows
+                )
         else:
             self.logp_C = self.rows.logp_C
 
@@ -128,11 +147,10 @@ class _Group:
     ) -> None:
         """Write the gradients of the rows that are felt; the others' stay as they are."""
         felt_R = felt_C.nonzero()[:, 0]
-        hidden_CH, weight_VH, labels_C = self.given
-        for some in chunks(len(felt_R), self.chunk):
+        for some in chunks(len(felt_R), self.head.whole if self.rows else self.head.chunk):
             picked = felt_R[some]
             if self.rows is None:
-                rows = self.make.of(hidden_CH[picked], weight_VH, labels_C[picked])
+                rows = self.head.of(*(given[picked] for given in self.given))
             else:
                 rows = self.rows if len(picked) == len(felt_C) else self.rows.take(picked)
             drows_RH = None if into_CH is None else torch.empty_like(rows.hidden_CH)
@@ -161,11 +179,11 @@ def _felt(grad_C: Tensor, pair_C: Tensor, prompts: int, skip_below: float) -> Te
     return ((weight_R > 0) & (weight_R >= skip_below))[pair_C]
 
 
-def _whole_questions(ends_B: list[int], rows: int) -> list[tuple[int, int]]:
-    """(first, last) questions of each chunk: at most so many rows, or one question."""
-    groups, first, start = [], 0, 0
+def _whole_questions(ends_B: list[int], rows: int) -> list[tuple[int, int, int, int]]:
+    """(first, last) questions and rows of each chunk: at most so many rows, or one question."""
+    parts, first, start = [], 0, 0
     for question, end in enumerate(ends_B):
         if question > first and end - start > rows:
-            groups.append((first, question))
+            parts.append((first, question, start, ends_B[question - 1]))
             first, start = question, ends_B[question - 1]
-    return [*groups, (first, len(ends_B))]
+    return [*parts, (first, len(ends_B), start, ends_B[-1])]

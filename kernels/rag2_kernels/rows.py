@@ -19,6 +19,7 @@ class Rows:
     """The log-probabilities logp_C of C rows' labels, and what their gradients are made from."""
 
     room: ClassVar[int] = 1 << 24  # logits held at once: 64 MiB in fp32
+    whole: ClassVar[int] = 1 << 26  # those of one question that must stay together
     spends: ClassVar[bool] = False  # whether `backward` writes over what is held
 
     hidden_CH: Tensor
@@ -34,9 +35,16 @@ class Rows:
         return cls.of(hidden_CH, weight_VH, labels_C).logp_C
 
     @classmethod
-    def of(cls, hidden_CH: Tensor, weight_VH: Tensor, labels_C: Tensor) -> Self:
-        """Their logits and log-probabilities."""
-        logits_CV = product(hidden_CH, weight_VH.T)
+    def held_dtype(cls, weight_VH: Tensor) -> torch.dtype:
+        """What numbers are held in."""
+        return promoted(weight_VH)
+
+    @classmethod
+    def of(
+        cls, hidden_CH: Tensor, weight_VH: Tensor, labels_C: Tensor, space: Tensor | None = None
+    ) -> Self:
+        """Their logits, in `space` if it fits, and log-probabilities."""
+        logits_CV = product(hidden_CH, weight_VH.T, space)
         lse_C = logits_CV.logsumexp(-1)
         logp_C = logits_CV.gather(-1, labels_C[:, None])[:, 0] - lse_C
         return cls(hidden_CH, weight_VH, labels_C, logits_CV, lse_C, logp_C)
@@ -63,12 +71,35 @@ class Rows:
         return replace(self, **{name: getattr(self, name)[some_R] for name in names})
 
 
-def product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b summed and returned in fp32 (fp64 for fp64), whatever the dtypes of the inputs."""
+def product(a: Tensor, b: Tensor, space: Tensor | None = None) -> Tensor:
+    """a @ b summed and returned in fp32 (fp64 for fp64), whatever the dtypes of the inputs.
+
+    `space`, numbers in a row, is written to where it is large enough and of that dtype: a CPU hands
+    large tensors' pages back, and to clear them anew takes a third of the time of the product.
+    """
+    wide, shape = promoted(a, b), (a.shape[0], b.shape[1])
+    out = within(space, shape, wide)
     if tensor_cores(a, b):
         return torch.mm(a, b, out_dtype=torch.float32)  # no fp32 copy of the weight
-    wide = promoted(a, b)
-    return a.to(wide) @ b.to(wide)
+    return torch.mm(a.to(wide), b.to(wide), out=out)
+
+
+def within(space: Tensor | None, shape: tuple[int, int], dtype: torch.dtype) -> Tensor | None:
+    """The first numbers of `space` as a matrix, or None where they are too few or others."""
+    count = shape[0] * shape[1]
+    if space is None or space.dtype != dtype or len(space) < count:
+        return None
+    return space[:count].view(shape)
+
+
+def add_product(into: Tensor, a: Tensor, b: Tensor) -> None:
+    """into += a @ b, without a second tensor of its size where the dtypes allow it."""
+    if a.dtype == b.dtype == into.dtype:
+        into.addmm_(a, b)
+    elif tensor_cores(a, b) and into.dtype == torch.float32:
+        torch.addmm(into, a, b, out_dtype=torch.float32, out=into)
+    else:
+        into += product(a, b)
 
 
 def tensor_cores(a: Tensor, b: Tensor) -> bool:

@@ -28,7 +28,7 @@ from rag2_kernels.gpu.launch import (
 from rag2_kernels.gpu.tile import narrowed, place
 from rag2_kernels.gpu.tile import product as tile_product
 from rag2_kernels.reference import promoted
-from rag2_kernels.rows import product, tensor_cores
+from rag2_kernels.rows import add_product, product, within
 
 
 @triton.jit
@@ -133,6 +133,7 @@ class Rows(rows.Rows):
     """Held are the logits, in the inputs' dtype, and their log-sum-exp."""
 
     room = 1 << 27  # logits held at once: 256 MiB in bf16
+    whole = 1 << 28
     spends = True
 
     @classmethod
@@ -141,10 +142,20 @@ class Rows(rows.Rows):
         return label_logprob(hidden_CH, weight_VH, labels_C)[0]
 
     @classmethod
-    def of(cls, hidden_CH: Tensor, weight_VH: Tensor, labels_C: Tensor) -> Self:
+    def held_dtype(cls, weight_VH: Tensor) -> torch.dtype:
+        """That of the weight."""
+        return weight_VH.dtype
+
+    @classmethod
+    def of(
+        cls, hidden_CH: Tensor, weight_VH: Tensor, labels_C: Tensor, space: Tensor | None = None
+    ) -> Self:
         """Their logits and log-probabilities."""
         narrow = torch.promote_types(hidden_CH.dtype, weight_VH.dtype)
-        logits_CV = hidden_CH.new_empty(len(labels_C), len(weight_VH), dtype=narrow)
+        shape = (len(labels_C), len(weight_VH))
+        logits_CV = within(space, shape, narrow)
+        if logits_CV is None:
+            logits_CV = hidden_CH.new_empty(shape, dtype=narrow)
         logp_C, lse_C = label_logprob(hidden_CH, weight_VH, labels_C, logits_CV)
         return cls(hidden_CH, weight_VH, labels_C, logits_CV, lse_C, logp_C)
 
@@ -164,14 +175,4 @@ class Rows(rows.Rows):
         if dhidden_CH is not None:
             dhidden_CH.copy_(product(dlogits_CV, self.weight_VH))
         if dweight_VH is not None:
-            _add_product(dweight_VH, dlogits_CV.T, self.hidden_CH)
-
-
-def _add_product(into: Tensor, a: Tensor, b: Tensor) -> None:
-    """into += a @ b, without a second tensor of its size where the dtypes allow it."""
-    if a.dtype == b.dtype == into.dtype:
-        into.addmm_(a, b)
-    elif tensor_cores(a, b) and into.dtype == torch.float32:
-        torch.addmm(into, a, b, out_dtype=torch.float32, out=into)
-    else:
-        into += product(a, b)
+            add_product(dweight_VH, dlogits_CV.T, self.hidden_CH)

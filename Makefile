@@ -7,7 +7,7 @@ READY := $(VENV)/.rag2-installed
 ARGS ?=
 N ?= 50
 
-.PHONY: help demo test test-slow chaos kernels-check check format clean
+.PHONY: help demo test test-slow chaos kernels-check bench gpu-bench check format clean
 .DEFAULT_GOAL := help
 
 help:  ## show this list
@@ -38,6 +38,12 @@ $(OTHER_TRITON): | $(READY)
 kernels-check: $(READY) $(OTHER_TRITON)  ## compile the Triton kernels for Hopper without a GPU and compare with golden.json
 	PYTHONPATH=kernels $(BIN)/python kernels/check/sm90.py
 	PYTHONPATH=$(OTHER_TRITON):kernels $(BIN)/python kernels/check/sm90.py
+
+bench: $(READY)  ## time, memory and errors of every kernel operation on this CPU (ARGS="--op NAME")
+	PYTHONPATH=kernels $(BIN)/python kernels/bench/run.py --suite cpu --seconds 1800 --out runs/bench $(ARGS)
+
+gpu-bench:  ## the same on a GPU; installs nothing, needs torch, triton and einops
+	PYTHONPATH=kernels $(PYTHON) kernels/bench/run.py --suite gpu --seconds 480 --out runs/gpu-bench $(ARGS)
 
 check: $(READY)  ## lint, formatting and types
 	$(BIN)/ruff check .

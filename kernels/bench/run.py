@@ -1,135 +1,156 @@
-"""Time and memory of a loss from the output head's inputs, forward and backward, per provider.
+"""Time, memory and correctness of every operation of rag2_kernels beside its peers.
 
-    python kernels/bench/run.py --out runs/bench.csv
-    python kernels/bench/run.py --vocabulary 151936 --share 0.25 --rounds 3
+    python kernels/bench/run.py --suite gpu --out runs/gpu-bench
+    python kernels/bench/run.py --suite cpu --op rag_loss --out runs/bench
+    python kernels/bench/run.py --suite tiny --out runs/tiny    # the gpu suite's dry run on a CPU
 
-Times: all providers take turns in one process; p20, p50 and p80 of `--rounds`, after one round that
-is not counted. Memory: one process a provider, what its first call adds to the process's peak,
-without the gradients it leaves. Errors are those of the gradients against eager torch's.
+DIR/bench.csv and DIR/bench.md are complete after every row, headlines first; DIR/bench.png comes
+last, where matplotlib is installed. On a GPU a time is that of CUDA events around the call, L2
+flushed before and launches queued ahead; on a CPU all providers take turns. Memory is the peak
+above the inputs, without the gradients that stay. Errors are relative to fp64 in the 2-norm, and
+allowed is twice that of plain torch in the same dtype and the last place. Exit status 1 if a row
+of rag2 does not match, is not equal twice or fails; 2 if the command line makes no sense.
 """
 
 import argparse
-import csv
+import difflib
 import json
+import math
 import os
-import subprocess
+import platform
 import sys
 import time
+from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import NoReturn
 
-import providers
-import torch
-
-SHAPE = ("questions", "chunks", "tokens", "hidden", "vocabulary", "share")
+SUITES = ("gpu", "cpu", "tiny")
+ROUNDS = {"gpu": 50, "cpu": 5, "tiny": 2}
 
 
-def main() -> None:
-    """Print a table and write the CSV."""
-    asked = _arguments()
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, exit status 2."""
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Measure, write and return the exit status."""
+    words = list(sys.argv[1:] if words is None else words)
+    parser = _parser()
+    asked = parser.parse_args(words)
     if asked.memory_of:
-        sys.stdout.write(f"{peak_of(asked)}\n")
-        return
-    torch.set_num_threads(asked.threads)
-    rows = timed(asked)
-    for row in rows:
-        row["peak_mib"] = memory(asked, row["provider"])
-        row |= {"threads": asked.threads, **providers.versions()}
-    if asked.out:
-        Path(asked.out).parent.mkdir(parents=True, exist_ok=True)
-        with Path(asked.out).open("w", newline="", encoding="utf-8") as file:
-            table = csv.DictWriter(file, rows[0])
-            table.writeheader()
-            table.writerows(rows)
-    for row in rows:
-        sys.stdout.write(json.dumps(row) + "\n")
+        return _tell_memory(*json.loads(asked.memory_of))
+    if asked.suite == "tiny":  # before triton is imported, as kernels choose when they are defined
+        os.environ["TRITON_INTERPRET"] = "1"
+    import ops
+    import torch
+    from table import Table
+
+    for name in asked.op:
+        if name not in ops.OPS:
+            parser.error(f"--op {name}: {_nearest(name, list(ops.OPS))}")
+    if asked.suite == "gpu" and not torch.cuda.is_available():
+        parser.error("--suite gpu: no CUDA device is here; --suite tiny is its dry run on a CPU")
+    if asked.threads:
+        torch.set_num_threads(asked.threads)
+    cases = ops.cases(asked.suite, asked.op, asked.dtype)
+    if not cases:
+        parser.error("no shape of these operations has such a dtype in this suite")
+    asked.out.mkdir(parents=True, exist_ok=True)
+    return _measured(words, asked, cases, Table(asked.out / "bench.csv", asked.resume))
 
 
-def timed(asked: argparse.Namespace) -> list[dict[str, Any]]:
-    """One row a provider."""
-    given = _inputs(asked)
-    found = providers.providers()
-    seconds: dict[str, list[float]] = {name: [] for name in found}
-    errors, truth = {}, None
-    for number in range(asked.rounds + 1):
-        for name, provider in found.items():
-            for leaf in given.leaves:
-                leaf.grad = None
-            began = time.perf_counter()
-            provider(given).backward()
-            if number:
-                seconds[name].append(time.perf_counter() - began)
-                continue
-            left = [leaf.grad.clone() for leaf in given.leaves if leaf.grad is not None]
-            truth = truth or left
-            errors[name] = max(
-                float((a - b).norm() / b.norm().clamp_min(1e-12))
-                for a, b in zip(left[:2], truth[:2], strict=True)
-            )
-    eager = _quantile(seconds["eager"], 0.5)
-    return [
-        {
-            "provider": name,
-            **{key: getattr(asked, key) for key in SHAPE},
-            **{f"p{q}_s": round(_quantile(row, q / 100), 4) for q in (20, 50, 80)},
-            "of_eager": round(_quantile(row, 0.5) / eager, 3),
-            "gradient_error": f"{errors[name]:.1e}",
-        }
-        for name, row in seconds.items()
-    ]
+def _measured(words: list[str], asked: argparse.Namespace, cases: list, table) -> int:
+    """Every case, then the exit status."""
+    import block
+    import report
+
+    setting = _setting(asked)
+    for op, case in cases:
+        try:
+            for row in block.rows_of(op, case, setting, table.has):
+                table.add(row)
+                report.write(table.rows, asked.out / "bench.md")
+                sys.stdout.write(report.line(table.rows[-1]) + "\n")
+                sys.stdout.flush()
+        except block.DeviceLost as lost:
+            # Nothing runs in this process any more; a new one goes on behind the faulty row.
+            table.add(lost.row)
+            left = max(1, int(setting.until - time.monotonic()))
+            again = [*words, "--resume", "--seconds", str(left)]
+            os.execv(sys.executable, [sys.executable, __file__, *again])
+    if find_spec("matplotlib") is not None:
+        import plot
+
+        plot.draw(table.rows, asked.out / "bench.png")
+    wrong = report.wrong_rows(table.rows)
+    for row in wrong:
+        sys.stdout.write(f"WRONG {report.line(row)}\n")
+    sys.stdout.write(f"{len(table.rows)} rows, {len(wrong)} wrong: {asked.out}\n")
+    return 1 if wrong else 0
 
 
-def memory(asked: argparse.Namespace, provider: str) -> float:
-    """MiB beyond inputs and gradients, measured in a process of its own."""
-    words = [f"--{key}={getattr(asked, key)}" for key in (*SHAPE, "threads")]
-    command = [sys.executable, __file__, *words, "--memory-of", provider]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ)
-    return round(float(done.stdout), 1)
+def _setting(asked: argparse.Namespace):
+    import block
+    import torch
+
+    on_gpu = asked.suite == "gpu"
+    threads = torch.get_num_threads()
+    name = torch.cuda.get_device_name() if on_gpu else f"{platform.machine()}, {threads} threads"
+    return block.Setting(
+        suite=asked.suite,
+        device=torch.device("cuda" if on_gpu else "cpu"),
+        device_name=name,
+        rounds=asked.rounds or ROUNDS[asked.suite],
+        until=time.monotonic() + asked.seconds,
+        impl=asked.impl,
+    )
 
 
-def peak_of(asked: argparse.Namespace) -> float:
-    """What one call adds to this process's peak, without the gradients, in MiB."""
-    torch.set_num_threads(asked.threads)
-    small = argparse.Namespace(**{**vars(asked), "vocabulary": 64, "hidden": 8})
-    provider = providers.providers()[asked.memory_of]
-    provider(_inputs(small)).backward()  # libraries' own buffers
-    given = _inputs(asked)
-    before = _peak()
-    provider(given).backward()
-    gradients = sum(leaf.grad.nbytes for leaf in given.leaves if leaf.grad is not None)
-    return (_peak() - before - gradients) / 2**20
+def _tell_memory(name: str, index: int, provider: str, threads: int) -> int:
+    import block
+    import ops
+
+    sys.stdout.write(f"{block.memory_of(ops.OPS[name], index, provider, threads)}\n")
+    return 0
 
 
-def _peak() -> int:
-    """VmHWM in bytes: Linux's ru_maxrss begins with that of the process that started this one."""
-    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    raise OSError("/proc/self/status tells no VmHWM")
+def _nearest(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+    return f"no such operation; nearest: {near[0]} (known: {', '.join(known)})"
 
 
-def _inputs(asked: argparse.Namespace) -> providers.Inputs:
-    return providers.made(**{key: getattr(asked, key) for key in SHAPE})
+def _positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
 
 
-def _quantile(values: list[float], q: float) -> float:
-    return float(torch.tensor(values).quantile(q))
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return value
 
 
-def _arguments() -> argparse.Namespace:
-    arguments = argparse.ArgumentParser(description="Time and memory of the fused loss.")
-    arguments.add_argument("--questions", type=int, default=8)
-    arguments.add_argument("--chunks", type=int, default=8)
-    arguments.add_argument("--tokens", type=int, default=32)
-    arguments.add_argument("--hidden", type=int, default=256)
-    arguments.add_argument("--vocabulary", type=int, default=32_000)
-    arguments.add_argument("--share", type=float, default=1.0, help="f, of chunks with a posterior")
-    arguments.add_argument("--rounds", type=int, default=5)
-    arguments.add_argument("--threads", type=int, default=torch.get_num_threads())
-    arguments.add_argument("--out", help="a CSV file")
-    arguments.add_argument("--memory-of", help=argparse.SUPPRESS)
-    return arguments.parse_args()
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="run.py", description="Benchmark of rag2_kernels.")
+    hidden = argparse.SUPPRESS
+    parser.add_argument("--suite", choices=SUITES, default="cpu")
+    parser.add_argument("--op", nargs="+", default=[], metavar="NAME", help="by default all")
+    parser.add_argument("--dtype", nargs="+", default=[], choices=("bf16", "fp16", "fp32"))
+    parser.add_argument("--impl", choices=("torch", "triton"), help="of rag2; by default both")
+    parser.add_argument("--seconds", type=_positive, default=480.0, help="no new work after them")
+    parser.add_argument("--rounds", type=_count, help=f"at most; by default {ROUNDS}")
+    parser.add_argument("--threads", type=_count, help="of torch on the CPU")
+    parser.add_argument("--out", type=Path, default=Path("runs/bench"), metavar="DIR")
+    parser.add_argument("--resume", action="store_true", help=hidden)
+    parser.add_argument("--memory-of", help=hidden)
+    return parser
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

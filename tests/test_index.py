@@ -13,8 +13,8 @@ from rag2.index.ivf import IVF
 from rag2.registry import UserError
 from rag2.types import Chunk
 
-BACKENDS = [Flat(), IVF(nlist=8, nprobe=3), HNSW(), TorchExact(device="cpu", block=37)]
-EXACT = [Flat(), TorchExact(device="cpu", block=37), IVF(nlist=8, nprobe=8)]
+BACKENDS = [Flat(), IVF(nlist=8, nprobe=3), HNSW(), TorchExact(device="cpu")]
+EXACT = [Flat(), TorchExact(device="cpu"), IVF(nlist=8, nprobe=8)]
 backends = pytest.mark.parametrize("backend", BACKENDS, ids=lambda backend: backend.name)
 exact_backends = pytest.mark.parametrize("backend", EXACT, ids=lambda backend: backend.name)
 
@@ -70,7 +70,7 @@ def test_near_ties_beyond_float32_matmul_accuracy_still_find_the_true_best(rng):
     # All vectors in a narrow cone: scores differ by about one unit in the last place.
     embeddings = unit(rng, 1, 64) + 1e-6 * rng.normal(size=(2000, 64)).astype(np.float32)
     ids, queries = np.arange(2000), embeddings[:30] + np.float32(1e-6)
-    for backend in (Flat(), TorchExact(device="cpu", block=512)):
+    for backend in (Flat(), TorchExact(device="cpu")):
         found = backend.build(embeddings, ids).search(queries, 5)[1]
         np.testing.assert_array_equal(found, brute_force(embeddings, ids, queries, 5)[1])
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from rag2_kernels.reference import promoted
 from rag2_kernels.rows import product
 
-SCORES = 1 << 24  # scores held at once: 64 MiB in fp32
+SCORES = 1 << 24  # scores, or numbers of chosen rows, held at once: 64 MiB in fp32
 
 
 @torch.no_grad()
@@ -37,19 +37,26 @@ def best_rows(queries_BD: Tensor, corpus_ND: Tensor, k: int) -> Tensor:
 
 def scored(queries_BD: Tensor, corpus_ND: Tensor, rows_BK: Tensor) -> tuple[Tensor, Tensor]:
     """The rows and their scores with gradient, best first, equal ones in the order of the rows."""
-    wide = promoted(queries_BD, corpus_ND)
+    step = max(1, SCORES // max(1, rows_BK.shape[1] * corpus_ND.shape[1]))
     rows_BK = rows_BK.sort(dim=1).values
-    vectors_BKD = corpus_ND[rows_BK].to(wide)
-    scores_BK = torch.bmm(vectors_BKD, queries_BD.to(wide)[..., None])[..., 0]
+    parts = zip(queries_BD.split(step), rows_BK.split(step), strict=True)
+    scores_BK = torch.cat([_products(q_bD, corpus_ND, rows_bK) for q_bD, rows_bK in parts])
     order_BK = scores_BK.detach().sort(dim=1, descending=True, stable=True).indices
     return scores_BK.gather(1, order_BK), rows_BK.gather(1, order_BK)
 
 
+def _products(queries_bD: Tensor, corpus_ND: Tensor, rows_bK: Tensor) -> Tensor:
+    wide = promoted(queries_bD, corpus_ND)
+    vectors_bKD = corpus_ND[rows_bK].to(wide)
+    return torch.bmm(vectors_bKD, queries_bD.to(wide)[..., None])[..., 0]
+
+
 def _top(scores_BN: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k best of each row and their places, equal ones by place."""
-    best_BK, place_BK = scores_BN.topk(k, dim=1)
+    best_BM, place_BM = scores_BN.topk(min(k + 1, scores_BN.shape[1]), dim=1)
+    best_BK, place_BK = best_BM[:, :k].contiguous(), place_BM[:, :k].contiguous()
     # topk takes any of those that are equal at the boundary; a full, stable sort the first ones.
-    tied_B = (scores_BN >= best_BK[:, -1:]).sum(1) > k
+    tied_B = (best_BM[:, k:] == best_BK[:, -1:]).any(1)
     if bool(tied_B.any()):
         order_bN = scores_BN[tied_B].sort(dim=1, descending=True, stable=True)
         best_BK[tied_B], place_BK[tied_B] = order_bN.values[:, :k], order_bN.indices[:, :k]

@@ -10,8 +10,9 @@ import torch
 from einops import einsum, rearrange
 from torch import Tensor, nn
 
+from rag2.generator.head import plain_weight
 from rag2.generator.load import Generator
-from rag2.generator.logprob import answer_logprob_rows
+from rag2.generator.logprob import HeadRows, answer_head_rows, answer_logprob_rows
 from rag2.generator.pairs import encode_pairs
 from rag2.generator.prompt import Prompt
 from rag2.losses.base import Subset
@@ -88,6 +89,16 @@ class Rag(nn.Module):
     def logp(self, pairs: Sequence[Pair]) -> tuple[Tensor, Tensor]:
         """Log-probabilities logp_RT in nats of the answer tokens, and their mask_RT."""
         return answer_logprob_rows(self.generator, pairs)
+
+    def head_weight(self) -> Tensor | None:
+        """The generator's output head [V, H] where it is a matrix and nothing else."""
+        return plain_weight(self.generator)
+
+    def head_rows(self, pairs: Sequence[Pair]) -> HeadRows:
+        """What the answers' log-probabilities are made of, for a head that is a matrix."""
+        weight_VH = self.head_weight()
+        assert weight_VH is not None
+        return answer_head_rows(self.generator, weight_VH, pairs)
 
     def forward(
         self,

@@ -206,6 +206,31 @@ def answer_logprob_rows(
     return logp_RT.masked_scatter(mask_RT, logp_M[order_M]), mask_RT
 
 
+@dataclass(frozen=True, slots=True)
+class HeadRows:
+    """What a bare output head makes the answers' log-probabilities of, for a loss fused with it.
+
+    Row m is a token of the answer of pair `pair_M[m]`, in the order of the pairs.
+    """
+
+    hidden_MH: Tensor
+    weight_VH: Tensor
+    labels_M: Tensor
+    pair_M: Tensor
+
+
+def answer_head_rows(model: Model, weight_VH: Tensor, pairs: Sequence[Pair]) -> HeadRows:
+    """The bare head's weight and its inputs at the answers' rows, with gradient.
+
+    Raises UserError for a sequence longer than the model's positions.
+    """
+    inputs, rows, labels_M = lay_out(model, pairs)
+    count, pair_M = len(labels_M), rows.sequence_M
+    inputs, rows, _ = rounded(model, inputs, rows, labels_M)
+    hidden_MH = hidden_at(model, rows, **inputs, use_cache=False)[:count]
+    return HeadRows(hidden_MH, weight_VH, labels_M, pair_M)
+
+
 def sequence_nll(model: Model, ids_BL: Tensor, weights_BL: Tensor) -> Tensor:
     """Mean of -log p(token | tokens before) in nats, weighted by `weights_BL` at each token.
 

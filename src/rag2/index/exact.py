@@ -1,27 +1,24 @@
-"""Exact search in torch, on any device and without FAISS: matrix product and running top-k."""
+"""Exact search in torch, on any device and without FAISS."""
 
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
-from einops import einsum
-from pydantic import Field, StrictInt
 from safetensors.numpy import load_file, save_file
 
 from rag2.index.base import Backend, Blocks, Index
+from rag2_kernels import mips_topk
 
 FILE = "vectors.safetensors"
-PRODUCT = 1 << 26  # scores (256 MiB) that one matrix product may hold
 
 
 class TorchExact(Backend):
-    """Exact search over all vectors, `block` of them at a time."""
+    """Exact search over all vectors, without the scores of all of them at once."""
 
     name: Literal["torch"] = "torch"
     device: str = "auto"
     """A torch device; auto: cuda where there is one, else cpu."""
-    block: StrictInt = Field(default=65_536, ge=1)
 
     def fill(self, blocks: Blocks) -> Index:
         """The index of the blocks' vectors; raises as `Blocks` does."""
@@ -64,23 +61,16 @@ class _TorchIndex(Index):
     @torch.no_grad()
     def candidates(self, queries_BD: np.ndarray, m: int) -> tuple[np.ndarray, np.ndarray]:
         queries = torch.from_numpy(queries_BD).to(self._device)
-        step = max(m, min(self.backend.block, PRODUCT // max(1, len(queries))))
-        best_BM, rows_BM = [], []
-        for start in range(0, len(self), step):
-            block_ND = self._search_ND[start : start + step]
-            scores_BN = einsum(queries, block_ND, "b d, n d -> b n")
-            scores, rows = scores_BN.topk(min(m, len(block_ND)), dim=1)
-            best_BM, rows_BM = [*best_BM, scores], [*rows_BM, rows + start]
-            scores, order = torch.cat(best_BM, dim=1).topk(min(m, start + len(block_ND)), dim=1)
-            best_BM, rows_BM = [scores], [torch.cat(rows_BM, dim=1).gather(1, order)]
-        return best_BM[0].cpu().numpy(), rows_BM[0].cpu().numpy()
+        scores_BM, rows_BM = mips_topk(queries, self._search_ND, m)
+        return scores_BM.cpu().numpy(), rows_BM.cpu().numpy()
 
     def rounding(self, queries_BD: np.ndarray) -> np.ndarray:
         # torch.set_float32_matmul_precision, popular in training, lets products round their inputs.
         inputs = {"highest": 0.0, "high": 2.0**-10, "medium": 2.0**-7}
         allowed = inputs[torch.get_float32_matmul_precision()]
         norms_B = np.linalg.norm(queries_BD, axis=1)
-        return super().rounding(queries_BD) + allowed * norms_B * self.max_norm
+        # Once where rows are chosen, once where the chosen ones are scored.
+        return 2 * (super().rounding(queries_BD) + allowed * norms_B * self.max_norm)
 
     def vectors(self, rows_M: np.ndarray) -> np.ndarray:
         return self._vectors_ND[rows_M]

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal, Self
 
 import torch
-from einops import einsum, rearrange
+from einops import rearrange
 from pydantic import Field, StrictBool, StrictInt, ValidationError
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
@@ -23,6 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rag2.config import Config
 from rag2.registry import UserError
 from rag2.retriever.network import load_tokenizer, load_tower, scratch
+from rag2_kernels import masked_mean_pool
 
 Side = Literal["question", "chunk"]
 FORMAT = "rag2.encoder/1"
@@ -256,7 +257,7 @@ class DualEncoder(nn.Module):
         hidden_BLH = tower(input_ids=ids_BL, attention_mask=mask_BL).last_hidden_state
         if self.config.pooling == "cls":
             mask_BL = torch.zeros_like(mask_BL).index_fill_(1, mask_BL.new_zeros(1), 1)
-        return masked_mean_pool(hidden_BLH, mask_BL, self.config.normalize)
+        return masked_mean_pool(hidden_BLH, mask_BL, normalize=self.config.normalize)
 
     def fingerprint(self) -> str:
         """SHA-256 of all that decides an embedding or a score: settings, vocabulary and weights.
@@ -289,15 +290,6 @@ class DualEncoder(nn.Module):
         ids_BL = nn.functional.pad(ids_BL, (0, width - longest), value=pad)
         mask_BL = torch.arange(width) < rearrange(lengths_B, "b -> b 1")
         return ids_BL.to(device), mask_BL.long().to(device)
-
-
-def masked_mean_pool(hidden_BLH: Tensor, mask_BL: Tensor, normalize: bool = True) -> Tensor:
-    """Mean over the tokens with mask 1, at least in float32, to length 1 if asked: [B, H]."""
-    wide = torch.promote_types(hidden_BLH.dtype, torch.float32)
-    weight_BL = mask_BL.to(wide)
-    sum_BH = einsum(hidden_BLH.to(wide), weight_BL, "b l h, b l -> b h")
-    mean_BH = sum_BH / rearrange(weight_BL.sum(1).clamp(min=1), "b -> b 1")
-    return nn.functional.normalize(mean_BH, dim=-1) if normalize else mean_BH
 
 
 def _folders(root: Path, towers: str) -> dict[str, Path]:

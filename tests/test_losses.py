@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from rag2.losses.base import JointLoss
-from rag2.losses.contrastive import info_nce, same_group
 from rag2.losses.emdr2 import EMDR2
 from rag2.losses.hard_em import HardEM
 from rag2.losses.loop import LOOP
@@ -52,70 +51,6 @@ def test_both_levels_agree_on_answers_of_one_token():
     a, b = (Marginal(level=level)(scores, logp, mask)[0] for level in ("sequence", "token"))
     torch.testing.assert_close(a, b)
 
-
-def test_info_nce_is_the_negative_log_softmax_at_the_positive():
-    queries, chunks = torch.randn(4, 6, requires_grad=True), torch.randn(9, 6)
-    positive = torch.tensor([3, 0, 8, 3])
-    loss = info_nce(queries, chunks, positive, 7.0)
-    scores = 7.0 * queries @ chunks.T
-    torch.testing.assert_close(loss, -scores.log_softmax(1)[range(4), positive].mean())
-    loss.backward()
-    onehot = torch.nn.functional.one_hot(positive, 9)
-    torch.testing.assert_close(queries.grad, 7.0 / 4 * (scores.softmax(1) - onehot) @ chunks)
-
-
-@pytest.mark.parametrize("symmetric", [False, True])
-def test_the_gradient_of_info_nce_is_that_of_differences_of_its_value(symmetric: bool):
-    wide: dict = {"dtype": torch.float64, "requires_grad": True}
-    inputs = (torch.randn(4, 3, **wide), torch.randn(6, 3, **wide), torch.tensor(2.0, **wide))
-    positive = torch.tensor([0, 1, 1, 4])
-    mask = torch.rand(4, 6) < 0.2
-
-    def value(queries: Tensor, chunks: Tensor, scale: Tensor) -> Tensor:
-        return info_nce(queries, chunks, positive, scale, mask, symmetric)
-
-    assert torch.autograd.gradcheck(value, inputs, eps=1e-6, atol=1e-8, rtol=1e-6)
-
-
-def test_info_nce_with_a_single_chunk_is_zero_and_its_scale_is_learnable():
-    scale = torch.tensor(3.0, requires_grad=True)
-    zero = torch.zeros(2, dtype=torch.long)
-    assert info_nce(torch.randn(2, 4), torch.randn(1, 4), zero, scale).abs() < 1e-6
-    info_nce(torch.randn(2, 4), torch.randn(2, 4), torch.arange(2), scale).backward()
-    assert scale.grad is not None and scale.grad.abs() > 0
-
-
-def test_false_negatives_change_neither_the_loss_nor_the_gradient():
-    queries, chunks = torch.randn(3, 6), torch.randn(7, 6, requires_grad=True)
-    positive = torch.tensor([0, 1, 2])
-    mask = same_group(torch.tensor([10, 20, 30]), torch.tensor([10, 20, 30, 10, 40, 10, 20]))
-    loss = info_nce(queries, chunks, positive, 2.0, mask)
-    kept = [[0, 1, 2, 4, 6], [1, 0, 2, 3, 4, 5], [2, 0, 1, 3, 4, 5, 6]]
-    expected = [
-        -(2.0 * queries[b] @ chunks[rows].T).log_softmax(0)[rows.index(int(positive[b]))]
-        for b, rows in enumerate(kept)
-    ]
-    torch.testing.assert_close(loss, torch.stack(expected).mean())
-    loss.backward()
-    assert chunks.grad is not None and chunks.grad.isfinite().all()
-
-
-def test_the_symmetric_loss_is_the_mean_of_both_directions():
-    queries, chunks = torch.randn(5, 6), torch.randn(5, 6)
-    diagonal = torch.arange(5)
-    both = info_nce(queries, chunks, diagonal, 4.0, symmetric=True)
-    there = info_nce(queries, chunks, diagonal, 4.0)
-    back = info_nce(chunks, queries, diagonal, 4.0)
-    torch.testing.assert_close(both, (there + back) / 2)
-
-
-def test_questions_with_the_same_positive_are_not_negatives_of_each_other():
-    queries, chunks = torch.randn(2, 6), torch.randn(1, 6)
-    positive = torch.zeros(2, dtype=torch.long)
-    assert info_nce(queries, chunks, positive, 5.0, symmetric=True).abs() < 1e-6
-
-
-# --- the losses of joint training -----------------------------------------------------------------
 
 LOSSES = {
     "sequence": Marginal(),

@@ -16,11 +16,11 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from rag2.losses.contrastive import info_nce
 from rag2.registry import UserError
 from rag2.retriever.embed import batches, embed_corpus
 from rag2.retriever.encoder import DualEncoder, EncoderConfig
 from rag2.tuning.lora import LoRA
+from rag2_kernels import info_nce
 
 SMALL = {"hidden": 16, "layers": 2, "heads": 2, "intermediate": 32, "max_positions": 64}
 LIMITS = {"max_question_tokens": 16, "max_chunk_tokens": 64}

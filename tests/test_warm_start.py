@@ -98,12 +98,13 @@ def test_a_chunk_that_answers_a_question_is_never_a_negative_of_it():
         batch = draw(step)
         ids_N = [by_text[passage] for passage in batch.passages]
         assert len(batch.queries) == 8 and len(ids_N) == 8 * 4
-        assert batch.mask_BN.shape == (8, 32) and not batch.symmetric
+        gold_BG, chunk_N = (ids.tolist() for ids in batch.groups)
+        assert chunk_N == ids_N and not batch.symmetric
         for b, query in enumerate(batch.queries):
             own = gold[by_question[query]]
             assert ids_N[b] in own  # the positive
             # What counts as a negative is everything but the question's own gold chunks.
-            assert batch.mask_BN[b].tolist() == [chunk in own for chunk in ids_N]
+            assert gold_BG[b] == own
             shared += sum(chunk in own for chunk in ids_N) - 1
             hard = ids_N[8 + 3 * b : 8 + 3 * (b + 1)]
             found = bm25.search([query], 5)[1][0].tolist()

@@ -22,7 +22,6 @@ from rag2 import config, pipeline
 from rag2.evaluation.questions import load_questions, split
 from rag2.index.exact import TorchExact
 from rag2.kb.store import KnowledgeBase
-from rag2.losses.contrastive import info_nce
 from rag2.modes import Precision, matmul
 from rag2.registry import UserError
 from rag2.retriever.embed import embed_corpus
@@ -36,6 +35,7 @@ from rag2.training.run import Run
 from rag2.training.sequences import load_tokenizer
 from rag2.training.watch import Watch
 from rag2.types import Chunk
+from rag2_kernels import info_nce
 
 
 class RetrieverConfig(pipeline.Inputs):
@@ -113,10 +113,8 @@ def main(cfg: RetrieverConfig) -> dict[str, float]:
                 break
             batch = draw(step)
             queries_BD, chunks_ND, scale = encoder(batch.queries, batch.passages)
-            positive_B = torch.arange(len(batch.queries))
-            loss = info_nce(
-                queries_BD, chunks_ND, positive_B, scale, batch.mask_BN, batch.symmetric
-            )
+            given = (queries_BD, chunks_ND, torch.arange(len(batch.queries)), scale)
+            loss = info_nce(*given, groups=batch.groups, symmetric=batch.symmetric)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             norm = optim.clip(weights, float(loss.detach()), cfg.max_norm, step)

@@ -2,12 +2,13 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 import torch
 import triton.language as tl
 
-from rag2_kernels.gpu import groupmax, linear, marginal, pool
+from rag2_kernels.gpu import contrast, groupmax, linear, marginal, pool
 from rag2_kernels.gpu.launch import Tiles, table
 
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -29,7 +30,7 @@ class Case:
 
 def all_cases() -> list[Case]:
     """Those without tuned shapes, and each tuned shape of the matrix kernels."""
-    return [*_marginal(), *_pool(), *_logits_gradient(), *_linear(), *_group_maxima()]
+    return [*_marginal(), *_pool(), *_logits_gradient(), *_linear(), *_group_maxima(), *_contrast()]
 
 
 def _marginal() -> list[Case]:
@@ -98,6 +99,23 @@ def _group_maxima() -> list[Case]:
         types = {"out_ptr": "*fp32", "B": "i32", "N": "i32"}
         constants = groupmax.constants(shape, corpus)
         found.append(_matrix(groupmax.group_maxima, "qc", corpus, shape, types, constants))
+    return found
+
+
+def _contrast() -> list[Case]:
+    """Both kernels, in one direction and in two, with groups and without."""
+    found = []
+    for chunks, shape, dtype in _tuned("contrast"):
+        ids = dict.fromkeys(("positive_ptr", "question_ptr", "chunk_ptr"), "*i64")
+        sums = dict.fromkeys(("scale_ptr", "own_ptr", "row_ptr", "column_ptr"), "*fp32")
+        pulls = dict.fromkeys(("pull_ptr", "spread_ptr"), "*fp32")
+        types = {**ids, **sums, **pulls, "out_ptr": f"*{NAMES[dtype]}", "B": "i32", "N": "i32"}
+        for groups, symmetric in product((0, 1), (False, True)):
+            constants = contrast.constants(shape, chunks, groups, symmetric)
+            suffix = ("_groups" if groups else "") + ("_symmetric" if symmetric else "")
+            for kernel in (contrast.contrast_sums, contrast.contrast_gradient):
+                case = _matrix(kernel, "qc", chunks, shape, types, constants)
+                found.append(replace(case, name=case.name + suffix))
     return found
 
 

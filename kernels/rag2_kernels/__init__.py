@@ -1,31 +1,29 @@
 """The scoring operations of retrieval-augmented generation, each defined in `reference`.
 
 `impl="torch"` runs anywhere and never stores the logits of all rows; `impl="triton"` runs kernels
-on a GPU; `impl="auto"` takes them where the tensors are on one. Importing this package needs no
+on a GPU; `impl="auto"` goes by the tensors' device, see `switch`. Importing this package needs no
 GPU, no driver and no triton.
 """
 
-from importlib.util import find_spec
-
 from torch import Tensor
 
-from rag2_kernels import fused, logprob, pool, reference, topk
+from rag2_kernels import contrast, fused, logprob, pool, reference, topk
 from rag2_kernels.fused import RagLoss
 from rag2_kernels.reference import Loss
 from rag2_kernels.rows import Rows
 from rag2_kernels.scaled import ScaledRows
+from rag2_kernels.switch import takes_kernel
 
 __all__ = [
     "Loss",
     "RagLoss",
     "answer_logprob",
+    "info_nce",
     "marginal_nll",
     "masked_mean_pool",
     "mips_topk",
     "rag_loss",
 ]
-
-IMPLEMENTATIONS = ("auto", "torch", "triton")
 
 
 def answer_logprob(
@@ -37,7 +35,7 @@ def answer_logprob(
     impl: str = "auto",
 ) -> Tensor:
     """Log-probability in nats of each label under `softmax(hidden W^T)`: see `reference`."""
-    rows = _rows(impl, hidden_MH, Rows)
+    rows = _rows("answer_logprob", impl, hidden_MH, Rows)
     return logprob.answer_logprob(hidden_MH, weight_VH, labels_M, chunk, rows)
 
 
@@ -52,7 +50,7 @@ def marginal_nll(
     """Loss in nats of each question and the posterior of its chunks: see `reference`."""
     if level not in ("sequence", "token"):
         raise ValueError(f"level must be sequence or token, not {level!r}")
-    if not _triton(impl, scores_BK):
+    if not takes_kernel("marginal_nll", impl, scores_BK):
         return reference.marginal_nll(scores_BK, logp_BKT, mask_BKT, level)
     from rag2_kernels.gpu import marginal
 
@@ -80,8 +78,33 @@ def rag_loss(
     """
     prompts = scores_BK.shape[1] if prompts is None else prompts
     given = (hidden_MH, weight_VH, labels_M, pair_M, scores_BK)
-    rows = _rows(impl, hidden_MH, ScaledRows)
+    rows = _rows("rag_loss", impl, hidden_MH, ScaledRows)
     return fused.rag_loss(*given, loss, prompts, skip_below, rows)
+
+
+def info_nce(
+    queries_BD: Tensor,
+    chunks_ND: Tensor,
+    positive_B: Tensor,
+    scale: Tensor | float,
+    *,
+    groups: tuple[Tensor, Tensor] | None = None,
+    symmetric: bool = False,
+    impl: str = "auto",
+) -> Tensor:
+    """The contrastive loss of B questions over N chunks in nats, a scalar: see `reference`.
+
+    `groups` = (question_BG, chunk_N) are int64 ids of at least 0, question_BG padded with -1: chunk
+    n is no negative of question b if its id is among the question's. `scale` may be a 0-d tensor
+    with a gradient. ValueError where shapes do not fit and for a number `scale` that is not
+    positive; on a CPU also for a `positive_B` beyond the chunks.
+    """
+    given = (queries_BD, chunks_ND, positive_B, scale, groups, symmetric)
+    if not takes_kernel("info_nce", impl, queries_BD):
+        return contrast.info_nce(*given)
+    from rag2_kernels.gpu import contrast as kernels
+
+    return contrast.info_nce(*given, kernels.Scores)
 
 
 def mips_topk(
@@ -99,7 +122,7 @@ def mips_topk(
     if k < 1 or not len(corpus_ND):
         raise ValueError(f"k={k} of {len(corpus_ND)} rows: both must be at least 1")
     k = min(k, len(corpus_ND))
-    if _triton(impl, queries_BD):
+    if takes_kernel("mips_topk", impl, queries_BD):
         from rag2_kernels.gpu import groupmax
 
         rows_BK = groupmax.search(queries_BD, corpus_ND, k)
@@ -112,35 +135,16 @@ def masked_mean_pool(
     hidden_BLH: Tensor, mask_BL: Tensor, *, normalize: bool = True, impl: str = "auto"
 ) -> Tensor:
     """The mean of the states under the mask, to length 1 if asked, in fp32: see `reference`."""
-    if not _triton(impl, hidden_BLH):
+    if not takes_kernel("masked_mean_pool", impl, hidden_BLH):
         return pool.masked_mean_pool(hidden_BLH, mask_BL, normalize)
     from rag2_kernels.gpu import pool as kernel
 
     return kernel.masked_mean_pool(hidden_BLH, mask_BL, normalize)[0]
 
 
-def _rows(impl: str, tensor: Tensor, plain: type[Rows]) -> type[Rows]:
-    if not _triton(impl, tensor):
+def _rows(operation: str, impl: str, tensor: Tensor, plain: type[Rows]) -> type[Rows]:
+    if not takes_kernel(operation, impl, tensor):
         return plain
     from rag2_kernels.gpu import linear
 
     return linear.Rows
-
-
-def _triton(impl: str, tensor: Tensor) -> bool:
-    """Whether the kernels are to run; raises ValueError, RuntimeError where they cannot."""
-    if impl not in IMPLEMENTATIONS:
-        raise ValueError(f"impl must be one of {', '.join(IMPLEMENTATIONS)}, not {impl!r}")
-    installed = find_spec("triton") is not None
-    if impl != "triton":
-        return impl == "auto" and tensor.is_cuda and installed
-    if not installed:
-        raise RuntimeError("impl='triton': triton is not installed; impl='torch' runs anywhere")
-    from rag2_kernels.gpu.launch import interpreted
-
-    if not (tensor.is_cuda or interpreted()):
-        raise RuntimeError(
-            f"impl='triton' needs tensors on a GPU, not on {tensor.device} (or TRITON_INTERPRET=1, "
-            "set before triton is imported, to run its interpreter)"
-        )
-    return True

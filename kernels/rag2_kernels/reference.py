@@ -1,14 +1,17 @@
 """The definition of every operation in plain torch; slow and hungry, for tests to compare with.
 
 Letters: M answer-token rows, H hidden, V vocabulary, B questions, K retrieved chunks, S prompts a
-question (K, unless a loss reads others), T answer tokens. Products, sums, softmax and log-sum-exp
+question (K, unless a loss reads others), T answer tokens, N chunks or rows of a corpus, D
+embedding, G groups a question. Products, sums, softmax and log-sum-exp
 are in fp32, or in fp64 when the inputs are.
 """
 
 from collections.abc import Callable
 
 import torch
+from einops import einsum
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 Loss = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 """(scores_BK, logp_BST, mask_BST) -> (loss_B in nats, posterior_BK)."""
@@ -85,6 +88,49 @@ def mips_topk(queries_BD: Tensor, corpus_ND: Tensor, k: int) -> tuple[Tensor, Te
     scores_BN = queries_BD.to(wide) @ corpus_ND.to(wide).T
     best = scores_BN.sort(dim=1, descending=True, stable=True)
     return best.values[:, :k], best.indices[:, :k]
+
+
+def info_nce(
+    queries_BD: Tensor,
+    chunks_ND: Tensor,
+    positive_B: Tensor,
+    scale: Tensor | float,
+    groups: tuple[Tensor, Tensor] | None = None,
+    symmetric: bool = False,
+) -> Tensor:
+    """Mean over questions of -log softmax_n(scale q.c_n) at the positive chunk, in nats, a scalar.
+
+    InfoNCE (van den Oord et al. 2018, eq. 4) with in-batch negatives (Karpukhin et al. 2020, eq. 2
+    and section 3.2). With s_bn = scale q_b.c_n, n_b = `positive_B[b]` and A_b the chunks that count
+    for question b:
+        loss = mean_b [LSE_(n in A_b) s_bn - s_b(n_b)]
+    A_b is n_b and every chunk whose group is none of the question's: `groups` is (question_BG,
+    chunk_N), int64 ids of at least 0, rows of the former padded with -1. `symmetric` averages with
+    the other direction, which of the questions does a positive answer:
+        loss' = mean_b [LSE_c s_c(n_b) - s_b(n_b)],   c = b, or n_c is not n_b and n_b in A_c
+    Two questions with one positive are not each other's negatives. Gradient: ds = (softmax -
+    onehot) / B in either direction; dq = scale ds c; dc = scale ds^T q; dscale = <ds, q c^T>.
+    Relations: scale = 1 / temperature; N = 1 gives 0; a chunk that counts for no question might as
+    well be absent; it is the marginal loss with a posterior that is certain of the positive.
+    """
+    wide = promoted(queries_BD, chunks_ND)
+    scores_BN = scale * einsum(queries_BD.to(wide), chunks_ND.to(wide), "b d, n d -> b n")
+    is_positive_BN = positive_B[:, None] == torch.arange(len(chunks_ND), device=positive_B.device)
+    if groups is not None:
+        scores_BN = scores_BN.masked_fill(same_group(*groups) & ~is_positive_BN, -torch.inf)
+    forward = cross_entropy(scores_BN, positive_B)
+    if not symmetric:
+        return forward
+    itself_BB = torch.eye(len(positive_B), dtype=torch.bool, device=positive_B.device)
+    shared_BB = is_positive_BN[:, positive_B] & ~itself_BB
+    scores_BB = scores_BN[:, positive_B].masked_fill(shared_BB, -torch.inf)
+    diagonal_B = torch.arange(len(positive_B), device=positive_B.device)
+    return (forward + cross_entropy(scores_BB.T, diagonal_B)) / 2
+
+
+def same_group(question_BG: Tensor, chunk_N: Tensor) -> Tensor:
+    """mask_BN of the chunks whose group is among a question's."""
+    return (question_BG[..., None] == chunk_N).any(1)
 
 
 def masked_mean_pool(hidden_BLH: Tensor, mask_BL: Tensor, normalize: bool = True) -> Tensor:

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from rag2.config import Config
 from rag2.kb.lexical import BM25
-from rag2.losses.contrastive import same_group
 from rag2.registry import UserError
 from rag2.retrieval import gold_chunks
 from rag2.training import batches
@@ -23,11 +23,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Contrast:
-    """Passage b of N answers query b of B; the others are its negatives where `mask_BN` is not."""
+    """Passage b of N answers query b of B; the others are its negatives unless `groups` say no."""
 
     queries: list[str]
     passages: list[str]
-    mask_BN: Tensor
+    groups: tuple[Tensor, Tensor]
+    """ids [B, G] and [N]: a passage with one of the query's, padded with -1, is no negative"""
     symmetric: bool
     """whether each passage is asked for its query too"""
 
@@ -79,7 +80,7 @@ class Spans(Config):
                 queries.append(self._span(chunks[row], rng))
                 passages.append(chunks[positive].passage)
             group_B = torch.from_numpy(group_N[rows])
-            return Contrast(queries, passages, same_group(group_B, group_B), symmetric=True)
+            return Contrast(queries, passages, (group_B[:, None], group_B), symmetric=True)
 
         return draw
 
@@ -133,6 +134,11 @@ class Questions(Config):
             left_out = len(questions) - len(asked)
             logger.warning("%d training questions name no evidence: left out", left_out)
         hard_QM = self._hard(chunks, asked, gold)
+        gold_QG = pad_sequence(
+            [torch.tensor(gold[question.id]) for question in asked],
+            batch_first=True,
+            padding_value=-1,
+        )
 
         def draw(step: int) -> Contrast:
             rng = batches.generator(seed, step, 8)
@@ -143,7 +149,7 @@ class Questions(Config):
             return Contrast(
                 queries=[asked[row].question for row in rows],
                 passages=[by_id[chunk].passage for chunk in ids_N],
-                mask_BN=torch.tensor([[chunk in ids for chunk in ids_N] for ids in gold_B]),
+                groups=(gold_QG[rows], torch.tensor(ids_N)),
                 symmetric=False,
             )
 

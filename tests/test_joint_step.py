@@ -93,6 +93,9 @@ class Pieced(Rag):
 
     micro_batch = 5
 
+    def head_weight(self) -> None:
+        """Log-probabilities, not a loss closed in the head."""
+
     def logp(self, pairs: Sequence[Pair]) -> tuple[Tensor, Tensor]:
         order = sorted(range(len(pairs)), key=lambda r: len(pairs[r][0]) + len(pairs[r][1]))
         width = max(len(answer) for _, answer in pairs)
@@ -163,6 +166,48 @@ def test_two_passes_leave_the_random_state_that_one_pass_leaves(rag: Rag, batch:
         gradients(module, step, batch)
         states.append(torch.get_rng_state())
     assert torch.equal(states[0], states[1])
+
+
+class Unfused(Rag):
+    """A generator whose head is more than a matrix."""
+
+    def head_weight(self) -> None:
+        """None."""
+
+
+@pytest.mark.parametrize("in_batch", [False, True])
+@pytest.mark.parametrize(
+    "loss",
+    [Marginal(level="token"), EMDR2(), PDist(), PDist(reader="none"), LOOP(), HardEM()],
+    ids=lambda loss: f"{loss.name}-{loss.model_dump_json()}",
+)
+def test_one_pass_is_the_same_through_the_fused_head_and_through_log_probabilities(
+    rag: Rag, batch: Batch, tokenizer, loss: JointLoss, in_batch: bool
+):
+    questions, answers, chunks_BK = batch
+    short_BK = [[replace(c, text=c.text[:150]) for c in row] for row in chunks_BK]
+    unfused = Unfused(rag.retriever, Generator(rag.generator, tokenizer), rag.prompt)
+    found, reached, results = [], [], []
+    for module in (rag, unfused):
+        module.zero_grad(set_to_none=True)
+        results.append(OnePass()(module, loss, questions, answers, short_BK, in_batch))
+        found.append(left(module))
+        reached.append({n for n, p in module.named_parameters() if p.grad is not None})
+    assert reached[0] == reached[1] and reached[0] and not differing(*found)
+    torch.testing.assert_close(results[0].loss_B, results[1].loss_B, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(results[0].posterior_BK, results[1].posterior_BK)
+
+
+def test_skipping_in_one_pass_spares_the_head_and_leaves_the_retriever_its_gradient(
+    rag: Rag, batch: Batch
+):
+    full = gradients(rag, OnePass(), batch)
+    posterior_BK = OnePass()(rag, Marginal(), *batch).posterior_BK
+    bar = float(posterior_BK.median())
+    assert 0 < OnePass(skip_below=bar)(rag, Marginal(), *batch).kept < 1
+    short = gradients(rag, OnePass(skip_below=bar), batch)
+    changed = set(differing(full, short))
+    assert changed and all(name.startswith("generator.") for name in changed)
 
 
 # --- prompts that the loss does not feel ----------------------------------------------------------

@@ -3,7 +3,9 @@
     rag2 eval steps -c configs/demo/steps.yaml out=runs/steps
 
 Every case is a process of its own, one thread, the same questions. f is the share of prompts that
-the second pass of a two-pass step goes through; which f a `skip_below` gives depends on the models.
+the second pass of a two-pass step goes through, and, in one pass, the share of answers' rows that
+have a gradient at the output head; which f a `skip_below` gives depends on the models. The error is
+that of the generator's gradient against an exact pass: |difference| / |gradient|, 2-norms.
 """
 
 import json
@@ -46,8 +48,8 @@ class StepsConfig(pipeline.Inputs):
     retriever: str | None = None
     ks: list[PositiveInt] = Field(default=[4, 8, 16], min_length=1)
     """chunks a question, by BM25"""
-    skip_below: list[float] = [0.0, 0.02, 0.1]
-    """of the two-pass steps"""
+    skip_below: list[float] = [0.0, 2**-12, 0.02, 0.1]
+    """of both kinds of steps"""
     batch_size: PositiveInt = 12
     micro_batch: PositiveInt = 16
     repeats: PositiveInt = 5
@@ -62,8 +64,9 @@ def main(cfg: StepsConfig) -> list[dict[str, Any]]:
     with place.claimed(cfg) as out:
         rows = []
         for k in cfg.ks:
-            for skip in (None, *cfg.skip_below):
-                rows.append({"k": k, "skip_below": skip, **apart(cfg, k, skip)})
+            for step in steps(cfg):
+                case = {"k": k, "step": step.name, "skip_below": step.skip_below}
+                rows.append({**case, **apart(cfg, k, step)})
         results = {
             **cfg.model_dump(mode="json", include={"seed", "batch_size", "micro_batch", "matmul"}),
             "environment": environment(),
@@ -74,15 +77,24 @@ def main(cfg: StepsConfig) -> list[dict[str, Any]]:
     return rows
 
 
-def apart(cfg: StepsConfig, k: int, skip: float | None) -> dict[str, float]:
+def steps(cfg: StepsConfig) -> list[OnePass | TwoPass]:
+    """An exact pass first, with which the others are compared."""
+    return [
+        OnePass(),
+        *(OnePass(skip_below=skip) for skip in cfg.skip_below if skip),
+        *(TwoPass(skip_below=skip, micro_batch=cfg.micro_batch) for skip in cfg.skip_below),
+    ]
+
+
+def apart(cfg: StepsConfig, k: int, step: OnePass | TwoPass) -> dict[str, float]:
     """`measure` in a process of its own: the most memory of a process never falls again."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(measure, cfg, k, skip).result()
+        return pool.submit(measure, cfg, k, step).result()
 
 
-def measure(cfg: StepsConfig, k: int, skip: float | None) -> dict[str, float]:
-    """Median seconds of a step, peak memory beyond the loaded models, share of prompts kept."""
+def measure(cfg: StepsConfig, k: int, step: OnePass | TwoPass) -> dict[str, float]:
+    """Median seconds of a step, peak memory beyond the loaded models, f, and the error."""
     assert cfg.kb and cfg.questions and cfg.generator and cfg.retriever
     torch.set_num_threads(1)
     torch.manual_seed(cfg.seed)
@@ -96,7 +108,6 @@ def measure(cfg: StepsConfig, k: int, skip: float | None) -> dict[str, float]:
     chunks_BK = propose(torch.tensor(rows).numpy(), torch.zeros(len(rows), 0).long().numpy(), 0)
     rag = Rag(DualEncoder.load(cfg.retriever), Generator.load(cfg.generator), Prompt())
     rag.train()
-    step = OnePass() if skip is None else TwoPass(skip_below=skip, micro_batch=cfg.micro_batch)
     asked, answers = [q.question for q in questions], [q.gold for q in questions]
     loaded, seconds, kept = peak_memory(), [], 1.0
     with matmul(cfg.matmul):
@@ -105,25 +116,33 @@ def measure(cfg: StepsConfig, k: int, skip: float | None) -> dict[str, float]:
             clock = Clock()
             kept = step(rag, Marginal(), asked, answers, chunks_BK).kept
             seconds.append(clock.lap())
+        spent = peak_memory() - loaded
+        found = [p.grad for p in rag.generator.parameters() if p.grad is not None]
+        rag.zero_grad(set_to_none=True)
+        OnePass()(rag, Marginal(), asked, answers, chunks_BK)
+    exact = [p.grad for p in rag.generator.parameters() if p.grad is not None]
+    wrong = [a - b for a, b in zip(found, exact, strict=True)]
     return {
         "seconds": statistics.median(seconds[1:]),
-        "bytes": peak_memory() - loaded,
+        "bytes": spent,
         "kept": kept,
+        "error": float(torch.nn.utils.get_total_norm(wrong) / torch.nn.utils.get_total_norm(exact)),
     }
 
 
 def table(rows: list[dict[str, Any]]) -> Table:
-    """A row for each case; a two-pass step's ratios are to the one-pass step of the same K."""
+    """A row for each case; its ratios are to the exact pass of the same K."""
     shown = Table(title="one joint step")
-    for name in ("K", "passes", "skip below", "f", "s", "of one", "MiB", "of one"):
+    for name in ("K", "passes", "skip below", "f", "error", "s", "of one", "MiB", "of one"):
         shown.add_column(name, justify="right")
     for row in rows:
-        one = next(r for r in rows if r["k"] == row["k"] and r["skip_below"] is None)
+        one = next(r for r in rows if r["k"] == row["k"])
         shown.add_row(
             str(row["k"]),
-            "1" if row is one else "2",
-            "" if row is one else f"{row['skip_below']:g}",
+            "1" if row["step"] == "one_pass" else "2",
+            f"{row['skip_below']:.2g}",
             f"{row['kept']:.2f}",
+            f"{row['error']:.0e}",
             f"{row['seconds']:.2f}",
             f"{row['seconds'] / one['seconds']:.2f}",
             f"{row['bytes'] / 2**20:.0f}",

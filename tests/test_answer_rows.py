@@ -7,12 +7,11 @@ import pytest
 import torch
 
 from rag2.generator.head import plain_weight
+from rag2.generator.learning import answer_logprob_rows, sequence_nll
 from rag2.generator.logprob import (
     Request,
-    answer_logprob_rows,
     choice_logprobs,
     pair_logprobs,
-    sequence_nll,
 )
 from small_models import (
     CONFIGS,
@@ -71,7 +70,10 @@ def test_the_head_computes_no_logits_but_those_of_the_answers(tmp_path, tokenize
     assert seen == [(1, 1, 300)], "the fused path needs none, the head runs on a single row"
     seen.clear()
     pair_logprobs(model, [(ids(20, 20), [5, 6]), (ids(9, 9), [7])])
-    assert seen == [(1, 3, 300)]
+    assert seen == [(1, 1, 300)]
+    seen.clear()
+    pair_logprobs(model.bfloat16(), [(ids(20, 20), [5, 6]), (ids(9, 9), [7])])
+    assert seen == [(1, 3, 300)], "a model in half precision gives its own, rounded logits"
     assert len(model.lm_head._forward_pre_hooks) == 0
 
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from rag2.generator.choices import score_choices
+from rag2.generator.learning import answer_logprob_rows
 from rag2.generator.logprob import (
     Request,
-    answer_logprob_rows,
     choice_answers,
     choice_logprobs,
     pair_logprobs,

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from rag2.generator import load
+from rag2.generator.learning import sequence_nll
 from rag2.generator.load import build_llama
-from rag2.generator.logprob import sequence_nll
 from rag2.training import optim
 from rag2.training.sequences import Weighted, collate
 

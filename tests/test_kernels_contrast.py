@@ -113,6 +113,18 @@ def test_a_question_that_is_nearly_right_keeps_the_little_it_has_to_learn(impl, 
         torch.testing.assert_close(a.double(), b.to(DEVICE), rtol=0.02, atol=2e-7)
 
 
+@both
+def test_two_questions_at_either_end_of_the_scale_may_share_a_positive(impl, monkeypatch):
+    lower_room(monkeypatch, 100)
+    queries_BD, chunks_ND, positive_B, _ = pairs(5, 30, 6, torch.float32)
+    queries_BD[0], queries_BD[1], positive_B[:2] = chunks_ND[7], -chunks_ND[7], 7
+    given = (queries_BD, chunks_ND, positive_B, torch.tensor(100.0, device=DEVICE))
+    wide = [x.double() if x.is_floating_point() else x for x in given]
+    truth = results(reference.info_nce, wide, symmetric=True)
+    for a, b in zip(results(info_nce, given, symmetric=True, impl=impl), truth, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-4)
+
+
 class Largest(TorchDispatchMode):
     """The most floating-point numbers that an operation gave while this was on."""
 

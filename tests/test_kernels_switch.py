@@ -1,17 +1,20 @@
 """One switch for every operation: a call, RAG2_KERNELS, or what has been measured on a device."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
+from rag2 import config
+from rag2.retriever.encoder import EncoderConfig
 from rag2_kernels import answer_logprob, masked_mean_pool, switch
 from rag2_kernels.switch import takes_kernel
 
 ON_CPU = torch.ones(1)
 
 
-def on_gpu(dtype=torch.float32) -> SimpleNamespace:
+def on_gpu(dtype=torch.float32) -> Any:
     """What the switch looks at in a tensor on a GPU."""
     return SimpleNamespace(is_cuda=True, dtype=dtype, device="cuda:0")
 
@@ -62,3 +65,13 @@ def test_an_unknown_implementation_is_refused_wherever_it_was_named(monkeypatch)
     monkeypatch.setenv(switch.VARIABLE, "tritn")
     with pytest.raises(ValueError, match=r"RAG2_KERNELS must be one of .*, not 'tritn'"):
         answer_logprob(torch.ones(1, 2), torch.ones(3, 2), torch.tensor([0]))
+
+
+def test_a_recipe_refuses_an_unknown_switch_with_one_line(monkeypatch, capsys):
+    monkeypatch.setenv(switch.VARIABLE, "tritn")
+    monkeypatch.setattr("sys.argv", ["recipe.py"])
+    with pytest.raises(SystemExit) as ended:
+        config.run(lambda cfg: pytest.fail("it went on"), EncoderConfig)
+    error = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert error == "error: RAG2_KERNELS must be one of auto, torch, triton, not 'tritn'\n"

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from exactness import LAST, excess
-from rag2_kernels import answer_logprob, marginal_nll, rag_loss, reference
+from rag2_kernels import answer_logprob, greedy_logprob, marginal_nll, rag_loss, reference
+from rag2_kernels.rows import Rows
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.usefixtures("seed")
@@ -79,6 +80,20 @@ def test_answer_logprob_twice_is_equal_to_the_bit_and_backward_may_run_twice():
     assert torch.equal(first, second)
     once, again = (torch.autograd.grad(first.sum(), given[:2], retain_graph=True) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("room", [64, 1 << 24])
+def test_a_label_is_greedy_where_no_other_token_is_more_likely(impl, room, monkeypatch):
+    monkeypatch.setattr(Rows, "room", room)
+    hidden_MH, weight_VH, labels_M = head(40, 30, 24, torch.float64)
+    best_M = (hidden_MH @ weight_VH.T).argmax(-1)
+    labels_M[::2] = best_M[::2]
+    logp_M, greedy_M = greedy_logprob(hidden_MH, weight_VH, labels_M, impl=impl)
+    wanted = reference.greedy_logprob(hidden_MH, weight_VH, labels_M)
+    torch.testing.assert_close(logp_M, wanted[0], rtol=0, atol=1e-10)
+    assert torch.equal(greedy_M, wanted[1]) and torch.equal(greedy_M, labels_M == best_M)
+    assert greedy_M.any() and not greedy_M.all()
 
 
 def test_large_logits_neither_overflow_nor_lose_the_answer():

@@ -20,8 +20,8 @@ from tokenizers.models import BPE, WordPiece
 from tokenizers.trainers import BpeTrainer, WordPieceTrainer
 
 from rag2 import artifact, config
+from rag2.generator.learning import answer_logprob_rows
 from rag2.generator.load import Generator
-from rag2.generator.logprob import answer_logprob_rows
 from rag2.generator.pairs import encode_pairs
 from rag2.generator.prompt import Prompt
 from rag2.kb.build import build

@@ -41,11 +41,15 @@ def test_a_step_is_timed_in_one_pass_and_in_two(home: Path, tmp_path: Path):
     given = {"kb": "data/kb.sqlite", "questions": "data/questions.jsonl"}
     given |= {"generator": "generator", "retriever": "retriever"}
     words = [f"{key}={home / path}" for key, path in given.items()]
-    words += [f"out={tmp_path / 'out'}", "ks=[2]", "skip_below=[0.0]", "repeats=1", "batch_size=4"]
+    words += [f"out={tmp_path / 'out'}", "ks=[2]", "skip_below=[0.0,0.3]"]
+    words += ["repeats=1", "batch_size=4"]
     with pytest.raises(SystemExit) as ended:
         cli.main(["eval", "steps", *words])
     assert ended.value.code == 0
-    one, two = json.loads((tmp_path / "out" / "steps.json").read_text(encoding="utf-8"))["cases"]
-    assert one["skip_below"] is None and two["skip_below"] == 0.0
+    one, skipping, two, _ = json.loads((tmp_path / "out" / "steps.json").read_text())["cases"]
+    assert (one["step"], one["skip_below"], one["error"]) == ("one_pass", 0.0, 0.0)
+    assert (skipping["step"], skipping["skip_below"]) == ("one_pass", 0.3)
+    assert (two["step"], two["skip_below"]) == ("two_pass", 0.0) and two["error"] < 1e-4
+    assert skipping["kept"] == 1 or skipping["error"] > two["error"]
     assert one["kept"] == two["kept"] == 1.0
     assert min(one["seconds"], two["seconds"]) > 0

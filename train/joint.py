@@ -106,16 +106,7 @@ def main(cfg: JointConfig) -> dict[str, float]:
     cfg = pipeline.resolve(cfg)
     assert cfg.kb and cfg.questions
     device = distributed.start(cfg.device)
-    if isinstance(cfg.refresh, AdaptiveRefresh) and not cfg.staleness.every:
-        raise UserError("refresh.name=adaptive goes by what is measured: set staleness.every")
-    if isinstance(cfg.refresh, EagerRefresh) and distributed.world() > 1:
-        raise UserError("refresh.name=eager: the clocks of several processes differ; use async")
-    if "retriever" not in cfg.train and not isinstance(cfg.refresh, NoRefresh):
-        raise UserError("the retriever does not learn (train=...): set refresh.name=none")
-    if "retriever" not in cfg.train and not cfg.loss.teaches_generator():
-        raise UserError(f"nothing learns: train={cfg.train} and loss.reader=none")
-    if cfg.shard and distributed.world() == 1:
-        raise UserError("shard=true is for several processes: torchrun --nproc-per-node N ...")
+    refuse(cfg)
     rows = parts.rows_each(cfg.batch_size, cfg.accumulate)
     checkpoint.seed_everything(cfg.seed)
     with KnowledgeBase(Path(cfg.kb)) as kb:
@@ -224,6 +215,20 @@ def main(cfg: JointConfig) -> dict[str, float]:
                 stop.obey(run, step + 1)
         finish(cfg, run, rag, halves)
     return {"loss": loss}
+
+
+def refuse(cfg: JointConfig) -> None:
+    """UserError for settings that do not go together."""
+    if isinstance(cfg.refresh, AdaptiveRefresh) and not cfg.staleness.every:
+        raise UserError("refresh.name=adaptive goes by what is measured: set staleness.every")
+    if isinstance(cfg.refresh, EagerRefresh) and distributed.world() > 1:
+        raise UserError("refresh.name=eager: the clocks of several processes differ; use async")
+    if "retriever" not in cfg.train and not isinstance(cfg.refresh, NoRefresh):
+        raise UserError("the retriever does not learn (train=...): set refresh.name=none")
+    if "retriever" not in cfg.train and not cfg.loss.teaches_generator():
+        raise UserError(f"nothing learns: train={cfg.train} and loss.reader=none")
+    if cfg.shard and distributed.world() == 1:
+        raise UserError("shard=true is for several processes: torchrun --nproc-per-node N ...")
 
 
 def load(cfg: JointConfig, device: torch.device) -> tuple[Rag, dict[str, Any]]:

@@ -16,8 +16,8 @@ from pydantic import Field
 
 from rag2 import config, pipeline
 from rag2.generator.bpe import train_bpe
+from rag2.generator.learning import sequence_nll
 from rag2.generator.load import build_llama
-from rag2.generator.logprob import sequence_nll
 from rag2.generator.prompt import Prompt
 from rag2.modes import Precision, matmul
 from rag2.registry import UserError

@@ -18,6 +18,7 @@ __all__ = [
     "Loss",
     "RagLoss",
     "answer_logprob",
+    "greedy_logprob",
     "info_nce",
     "marginal_nll",
     "masked_mean_pool",
@@ -37,6 +38,14 @@ def answer_logprob(
     """Log-probability in nats of each label under `softmax(hidden W^T)`: see `reference`."""
     rows = _rows("answer_logprob", impl, hidden_MH, Rows)
     return logprob.answer_logprob(hidden_MH, weight_VH, labels_M, chunk, rows)
+
+
+def greedy_logprob(
+    hidden_MH: Tensor, weight_VH: Tensor, labels_M: Tensor, *, impl: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """`answer_logprob` without gradient, and whether each label is the most likely token."""
+    rows = _rows("answer_logprob", impl, hidden_MH, Rows)
+    return logprob.greedy_logprob(hidden_MH, weight_VH, labels_M, rows)
 
 
 def marginal_nll(

@@ -31,6 +31,20 @@ def answer_logprob(
         return _AnswerLogprob.apply(hidden_MH, weight_VH, labels_M, chunk, rows, keep)
 
 
+@torch.no_grad()
+def greedy_logprob(
+    hidden_MH: Tensor, weight_VH: Tensor, labels_M: Tensor, rows: type[Rows] = Rows
+) -> tuple[Tensor, Tensor]:
+    """As `reference.greedy_logprob`, for `rows.room` logits at once."""
+    check_rows(hidden_MH, weight_VH, labels_M)
+    logp_M = hidden_MH.new_empty(len(labels_M), dtype=promoted(hidden_MH, weight_VH))
+    greedy_M = torch.empty_like(labels_M, dtype=torch.bool)
+    with torch.autocast(hidden_MH.device.type, enabled=False):
+        for some in chunks(len(labels_M), max(1, rows.room // weight_VH.shape[0])):
+            logp_M[some], greedy_M[some] = rows.greedy(hidden_MH[some], weight_VH, labels_M[some])
+    return logp_M, greedy_M
+
+
 def check_rows(hidden_MH: Tensor, weight_VH: Tensor, labels_M: Tensor) -> None:
     """ValueError for shapes that do not belong together."""
     if hidden_MH.ndim != 2 or weight_VH.ndim != 2 or labels_M.shape != hidden_MH.shape[:1]:

@@ -29,6 +29,14 @@ def answer_logprob(hidden_MH: Tensor, weight_VH: Tensor, labels_M: Tensor) -> Te
     return logits_MV.log_softmax(-1).gather(-1, labels_M[:, None])[:, 0]
 
 
+def greedy_logprob(hidden_MH: Tensor, weight_VH: Tensor, labels_M: Tensor) -> tuple[Tensor, Tensor]:
+    """logp_M as `answer_logprob`, and whether no token has a larger logit, [M]. No gradient."""
+    wide = promoted(hidden_MH, weight_VH)
+    logits_MV = hidden_MH.to(wide) @ weight_VH.to(wide).T
+    own_M = logits_MV.gather(-1, labels_M[:, None])[:, 0]
+    return answer_logprob(hidden_MH, weight_VH, labels_M), own_M >= logits_MV.amax(-1)
+
+
 def marginal_nll(
     scores_BK: Tensor, logp_BKT: Tensor, mask_BKT: Tensor, level: str = "sequence"
 ) -> tuple[Tensor, Tensor]:

@@ -35,6 +35,15 @@ class Rows:
         return cls.of(hidden_CH, weight_VH, labels_C).logp_C
 
     @classmethod
+    def greedy(
+        cls, hidden_CH: Tensor, weight_VH: Tensor, labels_C: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Their log-probabilities, and whether no token of the vocabulary has a larger logit."""
+        rows = cls.of(hidden_CH, weight_VH, labels_C)
+        own_C = rows.held_CV.gather(-1, labels_C[:, None])[:, 0]
+        return rows.logp_C, own_C >= rows.held_CV.amax(-1)
+
+    @classmethod
     def held_dtype(cls, weight_VH: Tensor) -> torch.dtype:
         """What numbers are held in."""
         return promoted(weight_VH)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 IMPLEMENTATIONS = ("auto", "torch", "triton")
 VARIABLE = "RAG2_KERNELS"
+MISSING = "triton is not installed; impl='torch' runs anywhere"
 MEASURED = Path(__file__).parent / "gpu" / "configs" / "measured.json"
 
 
@@ -26,7 +27,7 @@ def takes_kernel(operation: str, impl: str, tensor: Tensor) -> bool:
     if impl == "triton":
         _require(tensor)
         return True
-    asked = _known(os.environ.get(VARIABLE, "auto"), VARIABLE) if impl == "auto" else impl
+    asked = check() if impl == "auto" else impl
     if asked == "torch" or not tensor.is_cuda or tensor.dtype == torch.float64:
         return False
     if asked == "triton":
@@ -34,6 +35,14 @@ def takes_kernel(operation: str, impl: str, tensor: Tensor) -> bool:
         return True
     listed = operation in measured().get(torch.cuda.get_device_name(tensor.device), ())
     return listed and find_spec("triton") is not None
+
+
+def check() -> str:
+    """What RAG2_KERNELS asks for; ValueError if that is unknown, RuntimeError if it is missing."""
+    asked = _known(os.environ.get(VARIABLE, "auto"), VARIABLE)
+    if asked == "triton" and find_spec("triton") is None:
+        raise RuntimeError(f"{VARIABLE}=triton: {MISSING}")
+    return asked
 
 
 @cache
@@ -50,7 +59,7 @@ def _known(impl: str, where: str) -> str:
 
 def _require(tensor: Tensor) -> None:
     if find_spec("triton") is None:
-        raise RuntimeError("impl='triton': triton is not installed; impl='torch' runs anywhere")
+        raise RuntimeError(f"impl='triton': {MISSING}")
     from rag2_kernels.gpu.launch import interpreted
 
     if interpreted():

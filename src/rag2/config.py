@@ -172,6 +172,7 @@ def run(main: Callable[[ConfigT], Any], cls: type[ConfigT]) -> Any:
             raise SystemExit(0)
         cfg = load(cls, path, overrides)
         _refuse_file(getattr(cfg, "out", None))
+        _refuse_kernels()
         hf_logging = sys.modules.get("transformers.utils.logging")
         if hf_logging:  # its bars for loading and saving weights would break up ours
             hf_logging.disable_progress_bar()
@@ -192,6 +193,16 @@ def _refuse_file(out: str | None) -> None:
                 what = "cannot be written" if path.is_dir() else "is a file"
                 raise UserError(f"out={out!r}: {path} {what}; choose another out=")
             return
+
+
+def _refuse_kernels() -> None:
+    """UserError for a RAG2_KERNELS that names nothing, or something that is not installed."""
+    from rag2_kernels import switch  # here: it imports torch, which reading a file does not need
+
+    try:
+        switch.check()
+    except (ValueError, RuntimeError) as error:
+        raise UserError(str(error)) from None
 
 
 def blame(error: UserError | OSError) -> str:

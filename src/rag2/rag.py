@@ -11,8 +11,8 @@ from einops import einsum, rearrange
 from torch import Tensor, nn
 
 from rag2.generator.head import plain_weight
+from rag2.generator.learning import HeadRows, answer_head_rows, answer_logprob_rows
 from rag2.generator.load import Generator
-from rag2.generator.logprob import HeadRows, answer_head_rows, answer_logprob_rows
 from rag2.generator.pairs import encode_pairs
 from rag2.generator.prompt import Prompt
 from rag2.losses.base import Subset

@@ -103,7 +103,10 @@ def contrast_gradient(
     pull_M = tl.load(pull_ptr + m, mask=m < B, other=0.0)
     ds = tl.exp(acc - row_M[:, None])
     if SYMMETRIC:
-        ds += tl.exp(acc + tl.load(spread_ptr + n, mask=n < N, other=0.0)[None, :])
+        spread_N = tl.load(spread_ptr + n, mask=n < N, other=0.0)
+        # Of a positive, or beyond the last question, this is no log-probability and may overflow.
+        rival = other & (m < B)[:, None]
+        ds += tl.exp(tl.where(rival, acc + spread_N[None, :], float("-inf")))
     ds = tl.where(other, ds, pull_M[:, None])
     at = m.to(tl.int64)[:, None] * N + n[None, :]
     narrow = narrowed(ds, out_ptr.dtype.element_ty, UP)

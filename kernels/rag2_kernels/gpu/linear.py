@@ -93,8 +93,8 @@ def logits_gradient(
 
 def label_logprob(
     hidden_MH: Tensor, weight_VH: Tensor, labels_M: Tensor, out_MV: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """(logp_M, lse_M) in fp32; the logits go to `out_MV`, if given."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(logp_M, lse_M, greedy_M), sums in fp32; the logits go to `out_MV`, if given."""
     count, vocabulary = len(labels_M), len(weight_VH)
     wide = promoted(hidden_MH, weight_VH)
     if hidden_MH.dtype != weight_VH.dtype:
@@ -115,7 +115,8 @@ def label_logprob(
             )
     most_M = most_SM.amax(0)
     lse_M = most_M + (total_SM * (most_SM - most_M).exp()).sum(0).log()
-    return label_SM.sum(0) - lse_M, lse_M
+    own_M = label_SM.sum(0)  # the one split that holds the label, and zeros
+    return own_M - lse_M, lse_M, own_M >= most_M
 
 
 def constants(shape: Tiles, weight_VH: Tensor, store: bool) -> dict:
@@ -142,6 +143,14 @@ class Rows(rows.Rows):
         return label_logprob(hidden_CH, weight_VH, labels_C)[0]
 
     @classmethod
+    def greedy(
+        cls, hidden_CH: Tensor, weight_VH: Tensor, labels_C: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Their log-probabilities, and whether no token of the vocabulary has a larger logit."""
+        logp_C, _, greedy_C = label_logprob(hidden_CH, weight_VH, labels_C)
+        return logp_C, greedy_C
+
+    @classmethod
     def held_dtype(cls, weight_VH: Tensor) -> torch.dtype:
         """That of the weight."""
         return weight_VH.dtype
@@ -156,7 +165,7 @@ class Rows(rows.Rows):
         logits_CV = within(space, shape, narrow)
         if logits_CV is None:
             logits_CV = hidden_CH.new_empty(shape, dtype=narrow)
-        logp_C, lse_C = label_logprob(hidden_CH, weight_VH, labels_C, logits_CV)
+        logp_C, lse_C, _ = label_logprob(hidden_CH, weight_VH, labels_C, logits_CV)
         return cls(hidden_CH, weight_VH, labels_C, logits_CV, lse_C, logp_C)
 
     def backward(

@@ -109,7 +109,7 @@ def plain_weight(model: Model) -> Tensor | None:
             return weight_VH
     if model not in _WARNED:
         _WARNED.add(model)
-        logger.warning("the generator's head is no bare matrix: training computes its full logits")
+        logger.warning("the generator's head is no bare matrix: its full logits are computed")
     return None
 
 
@@ -143,3 +143,8 @@ def _probe(model: Model, weight_VH: Tensor) -> bool:
         logits_V = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, -1].float()
     error = (logits_V - expected_V).abs().max() if seen else torch.inf
     return bool(error < (0.01 if weight_VH.dtype == torch.float32 else 2.0))
+
+
+def log_softmax(logits_MV: Tensor) -> Tensor:
+    """In fp32, or fp64 for fp64 logits."""
+    return logits_MV.to(torch.promote_types(logits_MV.dtype, torch.float32)).log_softmax(-1)

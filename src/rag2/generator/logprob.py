@@ -9,25 +9,29 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
-from rag2.generator.head import Model, Rows, hidden_at, logits_at, plain_weight
+from rag2.generator.head import (
+    Model,
+    Rows,
+    hidden_at,
+    log_softmax,
+    logits_at,
+    plain_weight,
+)
 from rag2.generator.pairs import (
     Ids,
     Pair,
-    check_length,
     check_pairs,
     lay_out,
     length,
     place,
-    rounded,
     token_batches,
 )
 from rag2.generator.past import Past, shares_past
 from rag2.generator.prefixes import Group, shared_prefixes
 from rag2.modes import evaluating
-from rag2_kernels import answer_logprob
+from rag2_kernels import greedy_logprob
 
 # A prefix of fewer tokens, such as the beginning of text alone, is read faster than it is shared.
 SHORT = 8
@@ -97,12 +101,25 @@ def _pair_answers(model: Model, pairs: Sequence[Pair], batch_tokens: int) -> lis
     with evaluating(model):
         for batch in token_batches([(1, length(p)) for p in pairs], batch_tokens, 0):
             inputs, rows, labels_M = lay_out(model, [pairs[i] for i in batch])
-            logits_MV, _ = logits_at(model, rows, **inputs, use_cache=False)
-            everything_M = torch.arange(len(labels_M), device=labels_M.device)
-            tokens = _picked(_log_softmax(logits_MV), everything_M, labels_M)
+            tokens = _row_answers(model, rows, labels_M, inputs)
             for i, answer in zip(batch, _summed(tokens, rows.sequence_M, len(batch)), strict=True):
                 result[i] = answer
     return result
+
+
+def _row_answers(
+    model: Model, rows: Rows, labels_M: Tensor, inputs: dict[str, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """log p of each row's label, and 1 where another token is more likely."""
+    # In half precision a model rounds its logits, and so does what others measure with it.
+    weight_VH = plain_weight(model)
+    if weight_VH is None or weight_VH.dtype.itemsize < 4:
+        logits_MV, _ = logits_at(model, rows, **inputs, use_cache=False)
+        everything_M = torch.arange(len(labels_M), device=labels_M.device)
+        return _picked(log_softmax(logits_MV), everything_M, labels_M)
+    hidden_MH = hidden_at(model, rows, **inputs, use_cache=False)
+    logp_M, greedy_M = greedy_logprob(hidden_MH, weight_VH, labels_M)
+    return logp_M.double(), (~greedy_M).long()
 
 
 def _group_answers(
@@ -133,7 +150,7 @@ def _rest_answers(
     choices = [(g, ids) for g, group in enumerate(continuations) for ids in group]
     owner_R = torch.tensor([g for g, _ in choices], device=device)
     first_R = torch.tensor([ids[0] for _, ids in choices], device=device)
-    tokens = [_picked(_log_softmax(logits_GV), owner_R, first_R)]
+    tokens = [_picked(log_softmax(logits_GV), owner_R, first_R)]
     choice = [torch.arange(len(choices), device=device)]
     # Choices that differ in their last token alone, as letters after a space do, are read once.
     read = sorted({(g, tuple(ids[:-1])) for g, ids in choices if len(ids) > 1})
@@ -149,7 +166,7 @@ def _rest_answers(
             for t in range(len(ids) - 1)
         ]
         choice_N, row_N, label_N = torch.tensor(steps, device=device).unbind(1)
-        tokens.append(_picked(_log_softmax(logits_MV), row_N, label_N))
+        tokens.append(_picked(log_softmax(logits_MV), row_N, label_N))
         choice.append(choice_N)
     logp_N, miss_N = map(torch.cat, zip(*tokens, strict=True))
     answers = iter(_summed((logp_N, miss_N), torch.cat(choice), len(choices)))
@@ -175,99 +192,3 @@ def _cache_shape(request: Request, gap: int) -> tuple[int, int]:
     """(1, length) that a request needs in the cache, with `gap` of padding after its prefix."""
     read = {tuple(ids[:-1]) for ids in request.continuations}
     return 1, len(request.context_ids) + gap + sum(map(len, read))
-
-
-# -- training: with gradient ---------------------------------------------------------------------
-
-
-def answer_logprob_rows(
-    model: Model, pairs: Sequence[Pair], batch_tokens: int | None = None
-) -> tuple[Tensor, Tensor]:
-    """log p of every continuation token in nats, logp_RT padded with 0, and its mask_RT.
-
-    With gradient; the output head sees only the answers' rows. Given `batch_tokens`, pairs of
-    similar length share a forward of at most so many padded tokens, which saves padding, not
-    memory. Raises UserError for a sequence longer than the model's positions.
-    """
-    shapes = [(1, length(pair)) for pair in pairs]
-    batches = token_batches(shapes, batch_tokens) if batch_tokens else [list(range(len(pairs)))]
-    sequence, logp = [], []
-    for batch in batches:
-        inputs, rows, labels_M = lay_out(model, [pairs[i] for i in batch])
-        sequence.append(torch.tensor(batch, device=labels_M.device)[rows.sequence_M])
-        logp.append(_row_logp(model, rows, labels_M, inputs))
-    logp_M = torch.cat(logp)
-    counts = [len(ids) for _, ids in pairs]
-    steps_T = torch.arange(max(counts), device=logp_M.device)
-    mask_RT = steps_T < rearrange(torch.tensor(counts, device=logp_M.device), "r -> r 1")
-    # Within a pair the rows are in order, so a stable sort by pair is the order of the mask.
-    order_M = torch.cat(sequence).argsort(stable=True)
-    logp_RT = torch.zeros(mask_RT.shape, dtype=logp_M.dtype, device=logp_M.device)
-    return logp_RT.masked_scatter(mask_RT, logp_M[order_M]), mask_RT
-
-
-@dataclass(frozen=True, slots=True)
-class HeadRows:
-    """What a bare output head makes the answers' log-probabilities of, for a loss fused with it.
-
-    Row m is a token of the answer of pair `pair_M[m]`, in the order of the pairs.
-    """
-
-    hidden_MH: Tensor
-    weight_VH: Tensor
-    labels_M: Tensor
-    pair_M: Tensor
-
-
-def answer_head_rows(model: Model, weight_VH: Tensor, pairs: Sequence[Pair]) -> HeadRows:
-    """The bare head's weight and its inputs at the answers' rows, with gradient.
-
-    Raises UserError for a sequence longer than the model's positions.
-    """
-    inputs, rows, labels_M = lay_out(model, pairs)
-    count, pair_M = len(labels_M), rows.sequence_M
-    inputs, rows, _ = rounded(model, inputs, rows, labels_M)
-    hidden_MH = hidden_at(model, rows, **inputs, use_cache=False)[:count]
-    return HeadRows(hidden_MH, weight_VH, labels_M, pair_M)
-
-
-def sequence_nll(model: Model, ids_BL: Tensor, weights_BL: Tensor) -> Tensor:
-    """Mean of -log p(token | tokens before) in nats, weighted by `weights_BL` at each token.
-
-    The weight of a sequence's first token counts for nothing, since nothing predicts it. Padding
-    goes to the right and has weight 0; it needs no mask, for no earlier token can see it. Raises
-    UserError for sequences longer than the model's positions.
-    """
-    check_length(model, ids_BL.shape[1], "lower objective.block or shorten the texts")
-    assert ids_BL.shape == weights_BL.shape, f"{tuple(ids_BL.shape)}, {tuple(weights_BL.shape)}"
-    ids_BL, weights_BL = ids_BL.to(place(model)), weights_BL.to(place(model))
-    weights_BS = weights_BL[:, 1:]
-    sequence_M, before_M = weights_BS.nonzero(as_tuple=True)
-    assert len(sequence_M), "every weight is 0: there is nothing to learn from"
-    rows = Rows(sequence_M, ids_BL.shape[1] - before_M)
-    labels_M = ids_BL[:, 1:][sequence_M, before_M]
-    weights_M = weights_BS[sequence_M, before_M].float()
-    logp_M = _row_logp(model, rows, labels_M, {"input_ids": ids_BL})
-    return -(weights_M * logp_M).sum() / weights_M.sum()
-
-
-def _row_logp(model: Model, rows: Rows, labels_M: Tensor, inputs: dict[str, Tensor]) -> Tensor:
-    count, weight_VH = len(labels_M), plain_weight(model)
-    inputs, rows, labels_M = rounded(model, inputs, rows, labels_M)
-    if weight_VH is None:
-        logits_MV, _ = logits_at(model, rows, **inputs, use_cache=False)
-        return _label_logp(logits_MV, labels_M)[:count]
-    hidden_MH = hidden_at(model, rows, **inputs, use_cache=False)
-    return answer_logprob(hidden_MH, weight_VH, labels_M)[:count]
-
-
-# -- shared ----------------------------------------------------------------------------------------
-
-
-def _label_logp(logits_MV: Tensor, labels_M: Tensor) -> Tensor:
-    return _log_softmax(logits_MV).gather(-1, rearrange(labels_M, "m -> m 1"))[:, 0]
-
-
-def _log_softmax(logits_MV: Tensor) -> Tensor:
-    """In fp32, or fp64 for fp64 logits."""
-    return logits_MV.to(torch.promote_types(logits_MV.dtype, torch.float32)).log_softmax(-1)

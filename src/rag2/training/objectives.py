@@ -7,8 +7,8 @@ from pydantic import Field
 from torch import Tensor
 
 from rag2.config import Config
+from rag2.generator.learning import answer_logprob_rows, sequence_nll
 from rag2.generator.load import Generator
-from rag2.generator.logprob import answer_logprob_rows, sequence_nll
 from rag2.generator.pairs import encode_pairs
 from rag2.generator.prompt import Prompt
 from rag2.training import batches

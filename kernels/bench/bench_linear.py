@@ -173,6 +173,7 @@ RAG = Op(
         ),
         "cpu": (
             *_pair(0.25, 8, 8, 32, 256, 32_000, dtype=torch.float32),
+            _pair(0.625, 8, 8, 32, 256, 32_000, dtype=torch.float32)[1],  # the almanac's mean f
             *_pair(0.25, 8, 8, 32, 256, 151_936, dtype=torch.float32, turn=FURTHER),
         ),
         "tiny": _pair(0.5, 2, 4, 2, 16, 70, dtype=torch.float32),

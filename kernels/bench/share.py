@@ -1,6 +1,6 @@
 """The share f of prompts that a joint run's steps kept, over the run, as a PNG.
 
-    python kernels/bench/share.py docs/results/kernels-f.png "skip_below 2^-12=runs/a/log.jsonl" ...
+python kernels/bench/share.py docs/results/kernels-f.png "skip_below 2^-12=runs/a/log.jsonl" ...
 """
 
 import json

@@ -9,10 +9,12 @@ import torch
 import triton.language as tl
 
 from rag2_kernels.gpu import contrast, groupmax, linear, marginal, pool
-from rag2_kernels.gpu.launch import Tiles, table
+from rag2_kernels.gpu.launch import Tiles, accumulator, table
+from rag2_kernels.reference import promoted
 
-NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-BITS = {16: (torch.bfloat16, torch.float16), 32: (torch.float32,)}
+NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+NAMES |= {torch.float32: "fp32", torch.float64: "fp64"}
+BITS = {16: (torch.bfloat16, torch.float16), 32: (torch.float32,), 64: (torch.float64,)}
 
 
 @dataclass(frozen=True)
@@ -51,12 +53,12 @@ def _marginal() -> list[Case]:
 def _pool() -> list[Case]:
     """The widths of a small and a large encoder, the smaller one normalised."""
     found = []
-    for short in NAMES.values():
+    for dtype, short in NAMES.items():
         states = {"hidden_ptr": f"*{short}", "mask_ptr": "*i1", "L": "i32"}
-        sums = dict.fromkeys(("out_ptr", "norm_ptr", "grad_ptr"), "*fp32")
+        sums = dict.fromkeys(("out_ptr", "norm_ptr", "grad_ptr"), _sum(dtype))
         types = {**states, **sums, "dhidden_ptr": f"*{short}"}
         for width, normalize in ((384, True), (1024, False)):
-            constants = pool.constants(width, normalize, torch.float32)
+            constants = pool.constants(width, normalize, promoted(torch.empty(0, dtype=dtype)))
             for kernel, tiles in (
                 (pool._forward, {"TILES": 512 // constants["BL"]}),
                 (pool._backward, {}),
@@ -68,10 +70,10 @@ def _pool() -> list[Case]:
 
 def _logits_gradient() -> list[Case]:
     found = []
-    for short in NAMES.values():
-        types = {"logits_ptr": f"*{short}", "lse_ptr": "*fp32", "grad_ptr": "*fp32"}
-        types["logp_ptr"] = "*fp32"
-        constants = {"V": 131_072, "BV": 4096, "UP": False, "ACC": tl.float32}
+    for dtype, short in NAMES.items():
+        types = {"logits_ptr": f"*{short}", "lse_ptr": _sum(dtype), "grad_ptr": _sum(dtype)}
+        types["logp_ptr"] = _sum(dtype)
+        constants = {"V": 131_072, "BV": 4096, "UP": False, "ACC": accumulator(dtype)}
         kernel = linear.logits_gradient
         found.append(
             Case(f"logits_gradient_{short}", kernel, {**types, "labels_ptr": "*i64"}, constants)
@@ -84,8 +86,8 @@ def _linear() -> list[Case]:
     found = []
     for weight, shape, dtype in _tuned("linear_lse"):
         for store in (False, True):
-            types = dict.fromkeys(("most_ptr", "total_ptr", "label_ptr"), "*fp32")
-            types |= {"out_ptr": f"*{NAMES[dtype]}" if store else "*fp32"}
+            types = dict.fromkeys(("most_ptr", "total_ptr", "label_ptr"), _sum(dtype))
+            types |= {"out_ptr": f"*{NAMES[dtype]}" if store else _sum(dtype)}
             types |= {"labels_ptr": "*i64", "M": "i32"}
             constants = linear.constants(shape, weight, store)
             case = _matrix(linear.linear_lse, "xw", weight, shape, types, constants)
@@ -95,8 +97,8 @@ def _linear() -> list[Case]:
 
 def _group_maxima() -> list[Case]:
     found = []
-    for corpus, shape, _ in _tuned("group_maxima"):
-        types = {"out_ptr": "*fp32", "B": "i32", "N": "i32"}
+    for corpus, shape, dtype in _tuned("group_maxima"):
+        types = {"out_ptr": _sum(dtype), "B": "i32", "N": "i32"}
         constants = groupmax.constants(shape, corpus)
         found.append(_matrix(groupmax.group_maxima, "qc", corpus, shape, types, constants))
     return found
@@ -107,8 +109,8 @@ def _contrast() -> list[Case]:
     found = []
     for chunks, shape, dtype in _tuned("contrast"):
         ids = dict.fromkeys(("positive_ptr", "question_ptr", "chunk_ptr"), "*i64")
-        sums = dict.fromkeys(("scale_ptr", "own_ptr", "row_ptr", "column_ptr"), "*fp32")
-        pulls = dict.fromkeys(("pull_ptr", "spread_ptr"), "*fp32")
+        sums = dict.fromkeys(("scale_ptr", "own_ptr", "row_ptr", "column_ptr"), _sum(dtype))
+        pulls = dict.fromkeys(("pull_ptr", "spread_ptr"), _sum(dtype))
         types = {**ids, **sums, **pulls, "out_ptr": f"*{NAMES[dtype]}", "B": "i32", "N": "i32"}
         for groups, symmetric in product((0, 1), (False, True)):
             constants = contrast.constants(shape, chunks, groups, symmetric)
@@ -147,6 +149,11 @@ def _matrix(
         }
     tile = f"{shape.BM}x{shape.BN}x{shape.BH}_{second.shape[1]}"
     name = f"{kernel.fn.__name__}_{short}_{tile}_{'tma' if shape.TMA else 'pointer'}"
-    # Exact products of fp32 are not the tensor cores'.
-    cores = second.dtype != torch.float32
+    # Exact products of fp32 and fp64 are not those of wgmma.
+    cores = second.dtype.itemsize == 2
     return Case(name, kernel, types, constants, shape.warps, shape.stages, tensor_cores=cores)
+
+
+def _sum(dtype: torch.dtype) -> str:
+    """A pointer to what sums of this dtype are in."""
+    return f"*{NAMES[promoted(torch.empty(0, dtype=dtype))]}"

@@ -39,12 +39,12 @@ class ScaledRows(Rows):
         """Write the gradient of the rows and add that of the weight, given dloss/dlogp."""
         share_C1 = (-grad_C / self.norm_C)[:, None]
         label_C1 = (-self.logp_C.expm1() * grad_C)[:, None]
+        # A GPU's fast products are of half precision; a CPU's would only round for nothing.
+        factor_CV = self.held_CV.to(self.weight_VH.dtype) if self.held_CV.is_cuda else self.held_CV
         if dhidden_CH is not None:
-            others_CH = product(self.held_CV.to(self.weight_VH.dtype), self.weight_VH)
+            others_CH = product(factor_CV, self.weight_VH)
             dhidden_CH.copy_(others_CH * share_C1 + label_C1 * self.weight_VH[self.labels_C])
         if dweight_VH is not None:
-            scaled_CH = (share_C1 * self.hidden_CH).to(self.hidden_CH.dtype)
-            add_product(dweight_VH, self.held_CV.to(self.hidden_CH.dtype).T, scaled_CH)
-            dweight_VH.index_add_(
-                0, self.labels_C, (label_C1 * self.hidden_CH).to(dweight_VH.dtype)
-            )
+            add_product(dweight_VH, factor_CV.T, (share_C1 * self.hidden_CH).to(factor_CV.dtype))
+            label_CH = (label_C1 * self.hidden_CH).to(dweight_VH.dtype)
+            dweight_VH.index_add_(0, self.labels_C, label_CH)

@@ -62,12 +62,8 @@ def _require(tensor: Tensor) -> None:
         raise RuntimeError(f"impl='triton': {MISSING}")
     from rag2_kernels.gpu.launch import interpreted
 
-    if interpreted():
-        return
-    if not tensor.is_cuda:
+    if not (tensor.is_cuda or interpreted()):
         raise RuntimeError(
             f"impl='triton' needs tensors on a GPU, not on {tensor.device} (or TRITON_INTERPRET=1, "
             "set before triton is imported, to run its interpreter)"
         )
-    if tensor.dtype == torch.float64:
-        raise RuntimeError("impl='triton': no kernel of 64 bits for a GPU; impl='torch' has one")

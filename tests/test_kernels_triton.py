@@ -62,8 +62,13 @@ def test_answer_logprob_is_as_exact_as_plain_torch(dtype, rows, vocabulary, hidd
         assert excess(a, b, true, LAST[b.dtype], times=2 if rows == 63 else 5) <= 1
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        torch.bfloat16,
+        *(pytest.param(d, marks=pytest.mark.slow) for d in FLOATS if d != torch.bfloat16),
+    ],
+)
 def test_answer_logprob_on_the_odd_shape_that_others_test(dtype):
     given = head(252, 507, 123, dtype)
     upstream_M = torch.randn(252, device=DEVICE)

@@ -13,7 +13,7 @@ import multiprocessing
 import statistics
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field, PositiveInt
@@ -48,7 +48,7 @@ class StepsConfig(pipeline.Inputs):
     retriever: str | None = None
     ks: list[PositiveInt] = Field(default=[4, 8, 16], min_length=1)
     """chunks a question, by BM25"""
-    skip_below: list[float] = [0.0, 2**-12, 0.02, 0.1]
+    skip_below: list[Annotated[float, Field(ge=0, lt=1)]] = [0.0, 2**-12, 0.02, 0.1]
     """of both kinds of steps"""
     batch_size: PositiveInt = 12
     micro_batch: PositiveInt = 16

@@ -115,14 +115,24 @@ def test_pooling_is_the_definition_in_value_and_gradient(impl, normalize, texts,
     assert not results[0][0][0].any() and not results[0][1][0].any()
 
 
-def test_the_pooling_kernel_ignores_poisoned_padding_and_passes_gradcheck():
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_pooling_ignores_poisoned_padding_and_passes_gradcheck(impl):
     hidden_BLH = torch.randn(2, 5, 3, dtype=torch.float64, device=DEVICE)
     mask_BL = torch.tensor([[1, 1, 0, 0, 0], [1, 1, 1, 1, 0]], device=DEVICE)
     poisoned_BLH = hidden_BLH.masked_fill(mask_BL[..., None] == 0, torch.nan)
-    clean = masked_mean_pool(hidden_BLH, mask_BL, impl="triton")
-    assert torch.equal(masked_mean_pool(poisoned_BLH, mask_BL, impl="triton"), clean)
+    clean = masked_mean_pool(hidden_BLH, mask_BL, impl=impl)
+    assert torch.equal(masked_mean_pool(poisoned_BLH, mask_BL, impl=impl), clean)
     assert torch.autograd.gradcheck(
-        lambda h: masked_mean_pool(h, mask_BL, impl="triton"),
+        lambda h: masked_mean_pool(h, mask_BL, impl=impl),
         hidden_BLH.requires_grad_(),
         fast_mode=True,
     )
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_queries_keep_their_precision_over_a_corpus_in_half(impl):
+    queries_BD = torch.randn(20, 48, device=DEVICE)
+    corpus_ND = torch.randn(400, 48, device=DEVICE).bfloat16()
+    scores_BK, _ = mips_topk(queries_BD, corpus_ND, 3, impl=impl)
+    wanted_BK, _ = reference.mips_topk(queries_BD.double(), corpus_ND.double(), 3)
+    torch.testing.assert_close(scores_BK.double(), wanted_BK, rtol=0, atol=1e-5)

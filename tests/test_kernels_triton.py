@@ -79,6 +79,21 @@ def test_answer_logprob_on_the_odd_shape_that_others_test(dtype):
         assert excess(a, b, true, LAST[b.dtype]) <= 1
 
 
+@pytest.mark.parametrize("nats", [8, 20])
+@pytest.mark.parametrize("dtype", HALF)
+def test_the_gradient_of_large_logits_is_as_exact_as_plain_torch(dtype, nats):
+    hidden_MH, weight_VH, labels_M = head(63, 127, 41, torch.float64)
+    hidden_MH = hidden_MH * (nats / (hidden_MH @ weight_VH.T).std())
+    labels_M[::2] = (hidden_MH @ weight_VH.T).argmax(-1)[::2]
+    given = (hidden_MH.to(dtype), weight_VH.to(dtype), labels_M)
+    upstream_M = torch.randn(63, device=DEVICE)
+    truth = gradients(reference.answer_logprob, doubled(given), upstream_M)
+    plain = gradients(plain_logprob, given, upstream_M)
+    got = gradients(lambda *x: answer_logprob(*x, impl="triton"), given, upstream_M)
+    for a, b, true in zip(got, plain, truth, strict=True):
+        assert excess(a, b, true, LAST[b.dtype]) <= 1
+
+
 def test_answer_logprob_twice_is_equal_to_the_bit_and_backward_may_run_twice():
     given = [x.requires_grad_(x.is_floating_point()) for x in head(40, 70, 33, torch.float32)]
     first, second = (answer_logprob(*given, impl="triton") for _ in range(2))

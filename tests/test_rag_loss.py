@@ -1,5 +1,7 @@
 """The head fused with the loss: the definition's values and gradients, and what is skipped."""
 
+import math
+
 import pytest
 import torch
 
@@ -82,7 +84,7 @@ def test_prompts_below_the_bound_get_no_gradient_and_the_others_theirs(
     got = rag_loss(*given, skip_below=0.1)
     felt_M = posterior_BK.flatten()[pair_M] >= 0.1
     assert felt_M.any() and not felt_M.all()
-    assert float(got.kept) == pytest.approx(float(felt_M.double().mean()))
+    assert float(got.kept) == pytest.approx(float((posterior_BK >= 0.1).double().mean()))
     a, b, c = torch.autograd.grad(got.loss, (hidden_MH, weight_VH, scores_BK))
     torch.testing.assert_close(a[felt_M], dhidden_MH[felt_M], rtol=0, atol=1e-12)
     assert not a[~felt_M].any()
@@ -136,3 +138,67 @@ def test_rows_out_of_order_and_prompts_out_of_range_are_refused():
         rag_loss(hidden_MH, weight_VH[:, :6], labels_M, pair_M, scores_BK)
     with pytest.raises(ValueError, match="impl"):
         rag2_kernels.rag_loss(hidden_MH, weight_VH, labels_M, pair_M, scores_BK, impl="cuda")
+
+
+def test_prompts_are_kept_by_their_posterior_and_one_that_weighs_nothing_never():
+    hidden_MH, weight_VH, labels_M, pair_M, _ = inputs(questions=3, chunks=2, prompts=2)
+    given = (hidden_MH, weight_VH, labels_M, pair_M, torch.randn(3, 2, dtype=torch.float64))
+    posterior_BK = rag_loss(*given).posterior_BK
+    bound = float(posterior_BK.max(1).values.min())  # of the question that is least certain
+    for factor in (1 - 1e-9, 1 + 1e-9):  # just below that posterior, and just above
+        share = (posterior_BK >= factor * bound).double().mean()
+        assert float(rag_loss(*given, skip_below=factor * bound).kept) == pytest.approx(
+            float(share)
+        )
+    assert rag_loss(*given, loss=HardEM()).kept == 0.5
+
+
+def test_where_the_label_is_all_but_certain_the_gradient_keeps_its_digits():
+    hidden_MH = torch.tensor([[20.0, 0.0]], requires_grad=True)
+    weight_VH = torch.tensor([[1.0, 0.0], [0.0, 1.0]], requires_grad=True)
+    given = (torch.tensor([0]), torch.tensor([0]), torch.zeros(1, 1))
+    leaves = (hidden_MH, weight_VH)
+    dhidden_MH, dweight_VH = torch.autograd.grad(rag_loss(*leaves, *given).loss, leaves)
+    rest = math.exp(-20) / (1 + math.exp(-20))  # 1 - p, of which fp32's 1 - p has few digits
+    assert dhidden_MH[0].tolist() == pytest.approx([-rest, rest], rel=1e-5)
+    assert float(dweight_VH[0, 0]) == pytest.approx(-20 * rest, rel=1e-5)
+
+
+def test_a_loss_scale_beyond_half_precision_s_range_scales_the_gradient():
+    given = [x.detach() for x in inputs(questions=4, hidden=16)]
+    given[0] = (given[0] / 1000).half().requires_grad_()
+    given[1], given[4] = given[1].half(), given[4].float()
+    loss = rag_loss(*given).loss
+    (plain,) = torch.autograd.grad(loss, given[0], retain_graph=True)
+    (scaled,) = torch.autograd.grad(loss * 2.0**17, given[0])
+    assert scaled.isfinite().all() or (2.0**17 * plain.float()).abs().max() > 65504
+    small = (2.0**17 * plain.float()).abs() < 60000
+    torch.testing.assert_close(scaled.float()[small], 2.0**17 * plain.float()[small])
+
+
+def test_without_gradients_none_is_made(monkeypatch):
+    monkeypatch.setattr(ScaledRows, "backward", lambda *_: pytest.fail("a gradient was made"))
+    with torch.no_grad():
+        assert rag_loss(*inputs()).loss.isfinite()
+
+
+def test_a_question_that_is_not_a_number_shows_in_the_gradient():
+    hidden_MH, weight_VH, labels_M, pair_M, scores_BK = inputs()
+    wrong_MH = hidden_MH.detach().clone()
+    wrong_MH[0] = torch.nan
+    loss = rag_loss(wrong_MH, weight_VH, labels_M, pair_M, scores_BK.detach()).loss
+    assert torch.autograd.grad(loss, weight_VH)[0].isnan().any()
+
+
+@pytest.mark.parametrize("bound", [-0.1, 1.0, 2.0, math.nan])
+def test_a_bound_that_is_no_share_is_refused(bound):
+    with pytest.raises(ValueError, match="skip_below"):
+        rag_loss(*inputs(), skip_below=bound)
+
+
+@pytest.mark.parametrize("label", [-100, -1, 31])
+def test_labels_that_are_no_tokens_are_named(label):
+    given = list(inputs())
+    given[2][0] = label
+    with pytest.raises(ValueError, match=rf"labels.*{label}.*V=31"):
+        rag_loss(*given)

@@ -23,6 +23,6 @@ def main(out: str, *named: str) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 3:
-        sys.exit(__doc__)
+    if len(sys.argv) < 3 or not all("=" in named for named in sys.argv[2:]):
+        sys.exit("share.py: OUT.png and at least one LABEL=LOG.jsonl are needed")
     main(*sys.argv[1:])

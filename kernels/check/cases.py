@@ -71,7 +71,7 @@ def _pool() -> list[Case]:
 def _logits_gradient() -> list[Case]:
     found = []
     for dtype, short in NAMES.items():
-        types = {"logits_ptr": f"*{short}", "lse_ptr": _sum(dtype), "grad_ptr": _sum(dtype)}
+        types = {"logits_ptr": f"*{short}", "grad_ptr": _sum(dtype)}
         types["logp_ptr"] = _sum(dtype)
         constants = {"V": 131_072, "BV": 4096, "UP": False, "ACC": accumulator(dtype)}
         kernel = linear.logits_gradient

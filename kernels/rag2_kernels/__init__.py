@@ -59,6 +59,11 @@ def marginal_nll(
     """Loss in nats of each question and the posterior of its chunks: see `reference`."""
     if level not in ("sequence", "token"):
         raise ValueError(f"level must be sequence or token, not {level!r}")
+    if logp_BKT.shape != mask_BKT.shape or logp_BKT.shape[:-1] != scores_BK.shape:
+        raise ValueError(
+            "scores [B, K], logp [B, K, T] and mask [B, K, T] are needed, not "
+            f"{tuple(scores_BK.shape)}, {tuple(logp_BKT.shape)} and {tuple(mask_BKT.shape)}"
+        )
     if not takes_kernel("marginal_nll", impl, scores_BK):
         return reference.marginal_nll(scores_BK, logp_BKT, mask_BKT, level)
     from rag2_kernels.gpu import marginal
@@ -144,6 +149,11 @@ def masked_mean_pool(
     hidden_BLH: Tensor, mask_BL: Tensor, *, normalize: bool = True, impl: str = "auto"
 ) -> Tensor:
     """The mean of the states under the mask, to length 1 if asked, in fp32: see `reference`."""
+    if hidden_BLH.ndim != 3 or mask_BL.shape != hidden_BLH.shape[:2]:
+        raise ValueError(
+            "hidden [B, L, H] and mask [B, L] are needed, not "
+            f"{tuple(hidden_BLH.shape)} and {tuple(mask_BL.shape)}"
+        )
     if not takes_kernel("masked_mean_pool", impl, hidden_BLH):
         return pool.masked_mean_pool(hidden_BLH, mask_BL, normalize)
     from rag2_kernels.gpu import pool as kernel

@@ -24,7 +24,7 @@ class RagLoss(NamedTuple):
     loss: Tensor
     loss_B: Tensor
     posterior_BK: Tensor
-    kept: Tensor  # the share f of rows that went through the backward pass
+    kept: Tensor  # the share f of prompts that went through the backward pass
 
 
 def rag_loss(
@@ -42,13 +42,16 @@ def rag_loss(
     check_rows(hidden_MH, weight_VH, labels_M)
     if pair_M.shape != labels_M.shape or bool((pair_M.diff() < 0).any()):
         raise ValueError("pair [M] must name the prompt b S + s of each row, in order")
+    if not 0 <= skip_below < 1:
+        raise ValueError(f"skip_below={skip_below} must be at least 0 and below 1")
     if not len(scores_BK):
         raise ValueError("there are no questions")
     if len(pair_M) and int(pair_M[-1]) >= len(scores_BK) * prompts:
         raise ValueError(f"pair names prompt {int(pair_M[-1])} of {len(scores_BK) * prompts}")
     with torch.autocast(hidden_MH.device.type, enabled=False):
         given = (hidden_MH, weight_VH, labels_M, pair_M, scores_BK)
-        return RagLoss(*_RagLoss.apply(*given, loss, prompts, skip_below, rows))
+        learn = torch.is_grad_enabled()  # inside of a Function that cannot be seen
+        return RagLoss(*_RagLoss.apply(*given, loss, prompts, skip_below, rows, learn))
 
 
 class _RagLoss(torch.autograd.Function):
@@ -66,9 +69,10 @@ class _RagLoss(torch.autograd.Function):
         prompts: int,
         skip_below: float,
         rows: type[Rows],
+        learn: bool,
     ) -> tuple[Tensor, ...]:
         wide = promoted(hidden_MH, weight_VH)
-        for_hidden, for_weight = ctx.needs_input_grad[:2]
+        for_hidden, for_weight = (needed and learn for needed in ctx.needs_input_grad[:2])
         dhidden_MH = torch.zeros_like(hidden_MH) if for_hidden else None
         dweight_VH = torch.zeros_like(weight_VH, dtype=wide) if for_weight else None
         dscores_BK = torch.zeros_like(scores_BK)
@@ -87,12 +91,12 @@ class _RagLoss(torch.autograd.Function):
                 dscores_BK[first:last] = scores_bK.grad / questions
             results.append((loss_b, posterior_bK))
             felt_C = _felt(grad_C, pair_C, (last - first) * prompts, skip_below)
-            kept += int(felt_C.sum())
+            kept += len(pair_C[felt_C].unique())
             into = None if dhidden_MH is None else dhidden_MH[some]
             if into is not None or dweight_VH is not None:
                 group.backward(grad_C / questions, felt_C, into, dweight_VH)
         loss_B, posterior_BK = (torch.cat(part) for part in zip(*results, strict=True))
-        kept_share = loss_B.new_tensor(kept / max(1, len(labels_M)))
+        kept_share = loss_B.new_tensor(kept / max(1, len(pair_M.unique())))
         if dweight_VH is not None:
             dweight_VH = dweight_VH.to(weight_VH.dtype)
         ctx.save_for_backward(dhidden_MH, dweight_VH, dscores_BK)
@@ -104,9 +108,9 @@ class _RagLoss(torch.autograd.Function):
     def backward(ctx, grad, *_):  # pyright: ignore[reportIncompatibleMethodOverride]
         made = ctx.saved_tensors
         if float(grad) != 1:  # as they are, autograd takes them over: no second [V, H]
-            made = [None if d is None else d * grad.to(d.dtype) for d in made]
+            made = [None if d is None else d * grad for d in made]  # a factor beyond fp16 is none
         dhidden_MH, dweight_VH, dscores_BK = made
-        return dhidden_MH, dweight_VH, None, None, dscores_BK, None, None, None, None
+        return dhidden_MH, dweight_VH, None, None, dscores_BK, None, None, None, None, None
 
 
 class _Head:
@@ -118,7 +122,9 @@ class _Head:
         self.whole = max(self.chunk, rows.whole // len(weight_VH))
         held = most if most <= self.whole else self.chunk
         dtype = rows.held_dtype(weight_VH)
-        self.space = weight_VH.new_empty(held * len(weight_VH), dtype=dtype)
+        # A GPU's allocator keeps its memory: there it would only be in the way.
+        numbers = held * len(weight_VH) if weight_VH.device.type == "cpu" else 0
+        self.space = weight_VH.new_empty(numbers, dtype=dtype)
 
     def __call__(self, hidden_CH: Tensor, labels_C: Tensor) -> "_Group":
         return _Group(self, hidden_CH, labels_C)
@@ -176,7 +182,8 @@ def _closed(
 def _felt(grad_C: Tensor, pair_C: Tensor, prompts: int, skip_below: float) -> Tensor:
     """Whether a row's prompt weighs anything, and enough, in its question's loss: [C]."""
     weight_R = grad_C.new_zeros(prompts).scatter_reduce_(0, pair_C, grad_C.abs(), "amax")
-    return ((weight_R > 0) & (weight_R >= skip_below))[pair_C]
+    # NaN is felt: what is wrong in a question must show in its gradient.
+    return ~((weight_R == 0) | (weight_R < skip_below))[pair_C]
 
 
 def _whole_questions(ends_B: list[int], rows: int) -> list[tuple[int, int, int, int]]:

@@ -54,6 +54,11 @@ def check_rows(hidden_MH: Tensor, weight_VH: Tensor, labels_M: Tensor) -> None:
         )
     if hidden_MH.shape[1] != weight_VH.shape[1]:
         raise ValueError(f"hidden has H={hidden_MH.shape[1]}, weight H={weight_VH.shape[1]}")
+    if labels_M.device.type == "cpu" and len(labels_M):  # elsewhere a look at them would wait
+        least, most, vocabulary = int(labels_M.min()), int(labels_M.max()), len(weight_VH)
+        if least < 0 or most >= vocabulary:
+            wrong = least if least < 0 else most
+            raise ValueError(f"labels must name a token: {wrong} is none of V={vocabulary}")
 
 
 class _AnswerLogprob(torch.autograd.Function):

@@ -30,11 +30,13 @@ def answer_logprob(hidden_MH: Tensor, weight_VH: Tensor, labels_M: Tensor) -> Te
 
 
 def greedy_logprob(hidden_MH: Tensor, weight_VH: Tensor, labels_M: Tensor) -> tuple[Tensor, Tensor]:
-    """logp_M as `answer_logprob`, and whether no token has a larger logit, [M]. No gradient."""
+    """logp_M as `answer_logprob`, and whether the label is the most likely token [M]; no gradient.
+
+    Of tokens that are equally likely the first is it; the Triton kernel takes each of them for it.
+    """
     wide = promoted(hidden_MH, weight_VH)
     logits_MV = hidden_MH.to(wide) @ weight_VH.to(wide).T
-    own_M = logits_MV.gather(-1, labels_M[:, None])[:, 0]
-    return answer_logprob(hidden_MH, weight_VH, labels_M), own_M >= logits_MV.amax(-1)
+    return answer_logprob(hidden_MH, weight_VH, labels_M), logits_MV.argmax(-1) == labels_M
 
 
 def marginal_nll(

@@ -38,10 +38,9 @@ class Rows:
     def greedy(
         cls, hidden_CH: Tensor, weight_VH: Tensor, labels_C: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Their log-probabilities, and whether no token of the vocabulary has a larger logit."""
+        """Their log-probabilities, and whether each is the (first) most likely token."""
         rows = cls.of(hidden_CH, weight_VH, labels_C)
-        own_C = rows.held_CV.gather(-1, labels_C[:, None])[:, 0]
-        return rows.logp_C, own_C >= rows.held_CV.amax(-1)
+        return rows.logp_C, rows.held_CV.argmax(-1) == labels_C
 
     @classmethod
     def held_dtype(cls, weight_VH: Tensor) -> torch.dtype:

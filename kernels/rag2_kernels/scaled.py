@@ -3,7 +3,7 @@
 With E = exp(z - max z), n its sum and c = g / n, a row's dz is -c E but at the label, and so
     dh = -c (E W) + g (1 - p) W_label;   dW = -E^T (c h), and g (1 - p) h added at the label's row
 where E is 0 at the label: c scales [C, H] numbers instead of [C, V], and 1 - p = -expm1(logp) does
-not cancel where p is near 1, however E is rounded. (QuACK's linear cross-entropy stores E too.)
+not cancel where p is near 1, however E is rounded. (QuACK's linear cross-entropy stores E, too.)
 """
 
 from typing import Self
@@ -27,10 +27,11 @@ class ScaledRows(Rows):
         held_CV = product(hidden_CH, weight_VH.T, space)
         own_C1 = held_CV.gather(-1, labels_C[:, None])
         most_C1 = held_CV.amax(-1, keepdim=True)
-        held_CV.sub_(most_C1).exp_()
-        norm_C = held_CV.sum(-1)
-        logp_C = (own_C1 - most_C1)[:, 0] - norm_C.log()
-        held_CV.scatter_(-1, labels_C[:, None], 0.0)
+        held_CV.sub_(most_C1).exp_().scatter_(-1, labels_C[:, None], 0.0)
+        below_C, others_C = (own_C1 - most_C1)[:, 0], held_CV.sum(-1)
+        norm_C = others_C + below_C.exp()
+        # Where the label is the largest, n is 1 + others, and its digits are those of others.
+        logp_C = below_C - torch.where(below_C == 0, others_C.log1p(), norm_C.log())
         return cls(hidden_CH, weight_VH, labels_C, held_CV, norm_C, logp_C)
 
     def backward(
@@ -47,4 +48,5 @@ class ScaledRows(Rows):
         if dweight_VH is not None:
             add_product(dweight_VH, factor_CV.T, (share_C1 * self.hidden_CH).to(factor_CV.dtype))
             label_CH = (label_C1 * self.hidden_CH).to(dweight_VH.dtype)
-            dweight_VH.index_add_(0, self.labels_C, label_CH)
+            # Unlike index_add, this sorts on a GPU: equal labels add up in one order.
+            dweight_VH.index_put_((self.labels_C,), label_CH, accumulate=True)

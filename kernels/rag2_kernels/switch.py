@@ -39,7 +39,7 @@ def takes_kernel(operation: str, impl: str, tensor: Tensor) -> bool:
 
 def check() -> str:
     """What RAG2_KERNELS asks for; ValueError if that is unknown, RuntimeError if it is missing."""
-    asked = _known(os.environ.get(VARIABLE, "auto"), VARIABLE)
+    asked = _known(os.environ.get(VARIABLE) or "auto", VARIABLE)
     if asked == "triton" and find_spec("triton") is None:
         raise RuntimeError(f"{VARIABLE}=triton: {MISSING}")
     return asked

@@ -48,8 +48,9 @@ def group_maxima(
 @torch.no_grad()
 def search(queries_BD: Tensor, corpus_ND: Tensor, k: int) -> Tensor:
     """rows_BK of the k best."""
-    if queries_BD.dtype != corpus_ND.dtype:
-        queries_BD = queries_BD.to(corpus_ND.dtype)
+    if queries_BD.dtype != corpus_ND.dtype:  # rounded queries would choose other rows
+        both = torch.promote_types(queries_BD.dtype, corpus_ND.dtype)
+        queries_BD, corpus_ND = queries_BD.to(both), corpus_ND.to(both)
     queries_BD, corpus_ND = queries_BD.contiguous(), corpus_ND.contiguous()
     queries, rows = len(queries_BD), len(corpus_ND)
     shape = tiles("group_maxima", queries_BD, queries, corpus_ND.shape)

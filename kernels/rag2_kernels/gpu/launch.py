@@ -39,6 +39,7 @@ def tiles(kernel: str, hidden_MH: Tensor, rows: int, weight: tuple[int, ...]) ->
     wanted = [math.log(max(1, size)) for size in (rows, *weight)]
     bits = 8 * hidden_MH.element_size()
     entries = [e for e in table(kernel, name) if e["bits"] == bits]
+    entries = entries or [e for e in table(kernel, "any") if e["bits"] == bits]
     nearest = min(entries, key=lambda e: math.dist(wanted, [math.log(s) for s in e["shape"]]))
     shape = Tiles(**nearest["tiles"])
     aligned = weight[-1] * hidden_MH.element_size() % TMA_BYTES == 0
@@ -57,9 +58,14 @@ def descriptors(shape: Tiles, x_MH: Tensor, w_VH: Tensor) -> tuple:
     if not shape.TMA:
         return 0, 0
     return (
-        TensorDescriptor.from_tensor(x_MH, [shape.BM, shape.BH]),
-        TensorDescriptor.from_tensor(w_VH, [shape.BN, shape.BH]),
+        TensorDescriptor.from_tensor(_aligned(x_MH), [shape.BM, shape.BH]),
+        TensorDescriptor.from_tensor(_aligned(w_VH), [shape.BN, shape.BH]),
     )
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """A copy of one that begins in the middle of another's 16 bytes."""
+    return tensor if tensor.data_ptr() % TMA_BYTES == 0 else tensor.clone()
 
 
 def interpreted() -> bool:

@@ -72,23 +72,40 @@ def linear_lse(
 
 @triton.jit
 def logits_gradient(
-    logits_ptr, lse_ptr, logp_ptr, labels_ptr, grad_ptr,
+    logits_ptr, logp_ptr, labels_ptr, grad_ptr,
     V: tl.constexpr, BV: tl.constexpr, UP: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """In place: z -> g (onehot(label) - exp(z - lse)), one row and BV columns a program.
+    """In place: z -> g (onehot(label) - softmax(z)), a row a program.
 
-    The label's entry comes from its log-probability: z has been rounded, and where p is near 1 that
-    is more than 1 - p.
+    z has been rounded, and is normalised as it is now: by the log-sum-exp of before, large logits
+    would give no softmax. The label's entry is 1 - p from its log-probability, since where p is
+    near 1 the rounding of z is more than that.
     """
     m = tl.program_id(0).to(tl.int64)
-    v = tl.program_id(1) * BV + tl.arange(0, BV)
+    n = tl.arange(0, BV)
+    most_V = tl.full([BV], -1e38, ACC)  # not -inf: a lane beyond V would give NaN
+    total_V = tl.zeros([BV], ACC)
+    for tile in range((V + BV - 1) // BV):
+        v = tile * BV + n
+        z_V = tl.load(logits_ptr + m * V + v, mask=v < V, other=float("-inf")).to(ACC)
+        higher_V = tl.maximum(most_V, z_V)
+        total_V = total_V * tl.exp(most_V - higher_V) + tl.exp(z_V - higher_V)
+        most_V = higher_V
+    most = tl.max(most_V, 0)
+    total = tl.sum(total_V * tl.exp(most_V - most), 0)
     grad = tl.load(grad_ptr + m).to(ACC)
-    z_V = tl.load(logits_ptr + m * V + v, mask=v < V, other=0.0).to(ACC)
-    own = 1.0 - tl.exp(tl.load(logp_ptr + m).to(ACC))
-    others_V = -tl.exp(z_V - tl.load(lse_ptr + m).to(ACC))
-    dz_V = grad * tl.where(v == tl.load(labels_ptr + m), own, others_V)
-    narrow = narrowed(dz_V, logits_ptr.dtype.element_ty, UP)
-    tl.store(logits_ptr + m * V + v, narrow, mask=v < V)
+    logp = tl.load(logp_ptr + m).to(ACC)
+    # 1 - exp(logp), by its series where that would cancel.
+    series = 1 / 6 + logp * (1 / 24 + logp * (1 / 120 + logp / 720))
+    series = -logp * (1.0 + logp * (0.5 + logp * series))
+    own = tl.where(logp > -0.01, series, 1.0 - tl.exp(logp))
+    label = tl.load(labels_ptr + m)
+    for tile in range((V + BV - 1) // BV):
+        v = tile * BV + n
+        z_V = tl.load(logits_ptr + m * V + v, mask=v < V, other=0.0).to(ACC)
+        dz_V = grad * tl.where(v == label, own, -tl.exp(z_V - most) / total)
+        narrow = narrowed(dz_V, logits_ptr.dtype.element_ty, UP)
+        tl.store(logits_ptr + m * V + v, narrow, mask=v < V)
 
 
 def label_logprob(
@@ -146,7 +163,7 @@ class Rows(rows.Rows):
     def greedy(
         cls, hidden_CH: Tensor, weight_VH: Tensor, labels_C: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Their log-probabilities, and whether no token of the vocabulary has a larger logit."""
+        """Their log-probabilities, and whether no token has a larger logit (equal ones count)."""
         logp_C, _, greedy_C = label_logprob(hidden_CH, weight_VH, labels_C)
         return logp_C, greedy_C
 
@@ -176,8 +193,8 @@ class Rows(rows.Rows):
         block = min(4096, triton.next_power_of_2(vocabulary))
         if len(grad_C):
             with on_device(dlogits_CV):
-                logits_gradient[(len(grad_C), triton.cdiv(vocabulary, block))](
-                    *(dlogits_CV, self.norm_C, self.logp_C, self.labels_C, grad_C.contiguous()),
+                logits_gradient[(len(grad_C),)](
+                    *(dlogits_CV, self.logp_C, self.labels_C, grad_C.contiguous()),
                     **{"V": vocabulary, "BV": block, "UP": rounds(dlogits_CV.dtype)},
                     ACC=accumulator(self.norm_C.dtype),
                 )

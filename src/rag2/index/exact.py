@@ -66,11 +66,11 @@ class _TorchIndex(Index):
 
     def rounding(self, queries_BD: np.ndarray) -> np.ndarray:
         # torch.set_float32_matmul_precision, popular in training, lets products round their inputs.
-        inputs = {"highest": 0.0, "high": 2.0**-10, "medium": 2.0**-7}
+        inputs = {"highest": 0.0, "high": 2.0**-9, "medium": 2.0**-7}
         allowed = inputs[torch.get_float32_matmul_precision()]
         norms_B = np.linalg.norm(queries_BD, axis=1)
-        # Once where rows are chosen, once where the chosen ones are scored.
-        return 2 * (super().rounding(queries_BD) + allowed * norms_B * self.max_norm)
+        # A row outside errs, the last one inside errs, and once more where it is scored again.
+        return 3 * (super().rounding(queries_BD) + allowed * norms_B * self.max_norm)
 
     def vectors(self, rows_M: np.ndarray) -> np.ndarray:
         return self._vectors_ND[rows_M]

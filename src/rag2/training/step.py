@@ -96,7 +96,8 @@ class OnePass(Config):
         steps_T = torch.arange(int(lengths_R.max()), device=lengths_R.device)
         mask_RT = steps_T < rearrange(lengths_R, "r -> r 1")
         mask_BST = rearrange(mask_RT, "(b s) t -> b s t", s=len(subsets))
-        return mean, StepResult(loss_B, posterior_BK, float(kept)), crowding_B, mask_BST
+        share = float(kept) if any(factor.requires_grad for factor in factors) else 1.0
+        return mean, StepResult(loss_B, posterior_BK, share), crowding_B, mask_BST
 
     def _plain(
         self,

@@ -73,7 +73,12 @@ def _logits_gradient() -> list[Case]:
     for dtype, short in NAMES.items():
         types = {"logits_ptr": f"*{short}", "grad_ptr": _sum(dtype)}
         types["logp_ptr"] = _sum(dtype)
-        constants = {"V": 131_072, "BV": 4096, "UP": False, "ACC": accumulator(dtype)}
+        constants = {
+            "V": 131_072,
+            "BV": linear.columns(131_072, promoted(torch.empty(0, dtype=dtype))),
+            "UP": False,
+            "ACC": accumulator(dtype),
+        }
         kernel = linear.logits_gradient
         found.append(
             Case(f"logits_gradient_{short}", kernel, {**types, "labels_ptr": "*i64"}, constants)

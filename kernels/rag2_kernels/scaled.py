@@ -8,6 +8,7 @@ not cancel where p is near 1, however E is rounded. (QuACK's linear cross-entrop
 
 from typing import Self
 
+import torch
 from torch import Tensor
 
 from rag2_kernels.rows import Rows, add_product, product

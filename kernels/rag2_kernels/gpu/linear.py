@@ -136,6 +136,11 @@ def label_logprob(
     return own_M - lse_M, lse_M, own_M >= most_M
 
 
+def columns(vocabulary: int, wide: torch.dtype) -> int:
+    """Logits of a row that a program of `logits_gradient` holds at once."""
+    return min(1024 if wide == torch.float64 else 4096, triton.next_power_of_2(vocabulary))
+
+
 def constants(shape: Tiles, weight_VH: Tensor, store: bool) -> dict:
     """The compile-time arguments of `linear_lse`."""
     return {
@@ -190,7 +195,7 @@ class Rows(rows.Rows):
     ) -> None:
         """Write the gradient of the rows and add that of the weight; the logits are used up."""
         dlogits_CV, vocabulary = self.held_CV, self.held_CV.shape[1]
-        block = min(4096, triton.next_power_of_2(vocabulary))
+        block = columns(vocabulary, self.norm_C.dtype)
         if len(grad_C):
             with on_device(dlogits_CV):
                 logits_gradient[(len(grad_C),)](

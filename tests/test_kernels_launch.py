@@ -3,6 +3,7 @@
 import importlib
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ def tables(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Device")
 
 
-def on_gpu(dtype: torch.dtype):
+def on_gpu(dtype: torch.dtype) -> Any:
     size = torch.empty(0, dtype=dtype).element_size()
     return SimpleNamespace(is_cuda=True, device="cuda:0", element_size=lambda: size)
 

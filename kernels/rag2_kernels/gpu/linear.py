@@ -138,7 +138,7 @@ def label_logprob(
 
 def columns(vocabulary: int, wide: torch.dtype) -> int:
     """Logits of a row that a program of `logits_gradient` holds at once."""
-    return min(1024 if wide == torch.float64 else 4096, triton.next_power_of_2(vocabulary))
+    return min(1024 if wide == torch.float64 else 4096, 1 << (vocabulary - 1).bit_length())
 
 
 def constants(shape: Tiles, weight_VH: Tensor, store: bool) -> dict:

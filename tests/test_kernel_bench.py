@@ -45,7 +45,7 @@ def test_the_tiny_suite_tells_every_operation_and_every_provider_of_ours_matches
     rows = rows_in(tmp_path)
     names = {"marginal_nll", "answer_logprob", "rag_loss", "mips_topk", "info_nce"}
     assert {row["op"] for row in rows} == names | {"masked_mean_pool"}
-    for name in {row["op"] for row in rows if hasattr(rag2_kernels, row["op"])}:
+    for name in {row["op"] for row in rows}:
         for provider in ("plain", "rag2_torch", "rag2_triton"):
             mine = [r for r in rows if (r["op"], r["provider"]) == (name, provider)]
             assert mine and all(row["match"] == "True" for row in mine), (name, provider)

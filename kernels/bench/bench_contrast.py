@@ -51,9 +51,8 @@ def rag2(impl: str) -> Provider:
     """`rag2_kernels.info_nce`."""
 
     def call(given: Inputs, case: Case) -> Outputs:
-        info_nce = getattr(rag2_kernels, "info_nce")  # noqa: B009 (older packages lack it)
         rows = (given["queries"], given["chunks"], given["positive"])
-        return (info_nce(*rows, SCALE, impl=impl),)
+        return (rag2_kernels.info_nce(*rows, SCALE, impl=impl),)
 
     return ours(call, "info_nce", impl)
 

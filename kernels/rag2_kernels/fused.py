@@ -90,13 +90,13 @@ class _RagLoss(torch.autograd.Function):
             if scores_bK.grad is not None:
                 dscores_BK[first:last] = scores_bK.grad / questions
             results.append((loss_b, posterior_bK))
-            felt_C = _felt(grad_C, pair_C, (last - first) * prompts, skip_below)
-            kept += len(pair_C[felt_C].unique())
+            felt_R = _felt(grad_C, pair_C, (last - first) * prompts, skip_below)
+            kept += int(felt_R.sum())
             into = None if dhidden_MH is None else dhidden_MH[some]
             if into is not None or dweight_VH is not None:
-                group.backward(grad_C / questions, felt_C, into, dweight_VH)
+                group.backward(grad_C / questions, felt_R[pair_C], into, dweight_VH)
         loss_B, posterior_BK = (torch.cat(part) for part in zip(*results, strict=True))
-        kept_share = loss_B.new_tensor(kept / max(1, len(pair_M.unique())))
+        kept_share = loss_B.new_tensor(kept / max(1, len(pair_M.unique_consecutive())))
         if dweight_VH is not None:
             dweight_VH = dweight_VH.to(weight_VH.dtype)
         ctx.save_for_backward(dhidden_MH, dweight_VH, dscores_BK)
@@ -180,10 +180,10 @@ def _closed(
 
 
 def _felt(grad_C: Tensor, pair_C: Tensor, prompts: int, skip_below: float) -> Tensor:
-    """Whether a row's prompt weighs anything, and enough, in its question's loss: [C]."""
+    """Whether a prompt weighs anything, and enough, in its question's loss: [prompts]."""
     weight_R = grad_C.new_zeros(prompts).scatter_reduce_(0, pair_C, grad_C.abs(), "amax")
     # NaN is felt: what is wrong in a question must show in its gradient.
-    return ~((weight_R == 0) | (weight_R < skip_below))[pair_C]
+    return ~((weight_R == 0) | (weight_R < skip_below))
 
 
 def _whole_questions(ends_B: list[int], rows: int) -> list[tuple[int, int, int, int]]:

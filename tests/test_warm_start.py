@@ -181,3 +181,15 @@ def test_more_negatives_than_the_corpus_has_are_refused():
         Questions(negatives=5).prepare(chunks, questions, 2, seed=0)
     alone = Questions(negatives=0).prepare(chunks, questions, 2, seed=0)(0)
     assert len(alone.passages) == 2
+
+
+def test_the_first_chunk_of_the_corpus_is_a_negative_of_questions_with_fewer_gold_chunks():
+    """Their ids are padded, and no chunk's id may be what they are padded with."""
+    chunks = [Chunk(i, f"d{i}", f"text {i}") for i in range(4)]
+    questions = [
+        Question("one", "Which?", COLOURS, 0, "train", evidence=("d3",)),
+        Question("two", "Who?", COLOURS, 0, "train", evidence=("d1", "d2")),
+    ]
+    draw = Questions(negatives=0).prepare(chunks, questions, 2, seed=0)
+    gold_BG, _ = draw(0).groups
+    assert sorted(sorted(set(ids) & set(range(4))) for ids in gold_BG.tolist()) == [[1, 2], [3]]

@@ -4,18 +4,13 @@ B questions of this process, K chunks per question. All parts are equally large,
 their gradients is the gradient of the whole batch's mean loss.
 """
 
-from collections.abc import Sequence
-
 import torch
 
 from rag2.losses.base import JointLoss
 from rag2.rag import Rag
 from rag2.registry import UserError
 from rag2.training import distributed
-from rag2.training.step import OnePass, StepResult, TwoPass
-from rag2.types import Chunk
-
-Batch = tuple[Sequence[str], Sequence[str], Sequence[Sequence[Chunk]]]  # questions, answers, chunks
+from rag2.training.step import Batch, OnePass, StepResult, TwoPass
 
 
 def rows_each(batch_size: int, accumulate: int) -> int:

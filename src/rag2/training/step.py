@@ -20,7 +20,9 @@ from rag2.losses.base import JointLoss, Subset
 from rag2.rag import Pair, Rag
 from rag2.training import distributed, sharding
 from rag2.types import Chunk
-from rag2_kernels import rag_loss
+from rag2_kernels import rag_loss, reference
+
+Batch = tuple[Sequence[str], Sequence[str], Sequence[Sequence[Chunk]]]  # questions, answers, chunks
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,9 +59,9 @@ class OnePass(Config):
         `in_batch` adds the crowding of `Rag.scores` to each question's loss, as often as the loss
         holds p(z|x).
         """
-        batch = (questions, answers, chunks_BK, loss.subsets(len(chunks_BK[0])))
         head = self._plain if rag.head_weight() is None else self._fused
-        mean, result, crowding_B, mask_BST = head(rag, loss, *batch)
+        batch, subsets = (questions, answers, chunks_BK), loss.subsets(len(chunks_BK[0]))
+        mean, result, crowding_B, mask_BST = head(rag, loss, batch, subsets)
         if in_batch:
             crowding_B = loss.priors(mask_BST) * crowding_B
             mean = mean + crowding_B.mean()
@@ -69,15 +71,10 @@ class OnePass(Config):
         return result
 
     def _fused(
-        self,
-        rag: Rag,
-        loss: JointLoss,
-        questions: Sequence[str],
-        answers: Sequence[str],
-        chunks_BK: Sequence[Sequence[Chunk]],
-        subsets: Sequence[Subset],
+        self, rag: Rag, loss: JointLoss, batch: Batch, subsets: Sequence[Subset]
     ) -> tuple[Tensor, StepResult, Tensor, Tensor]:
         """Mean loss with gradient, figures, crowding_B and mask_BST."""
+        questions, answers, chunks_BK = batch
         scores_BK, crowding_B = rag.scores(questions, chunks_BK)
         rows = rag.head_rows(rag.pairs(questions, answers, chunks_BK, subsets))
         factors = (rows.hidden_MH, rows.weight_VH)
@@ -92,24 +89,16 @@ class OnePass(Config):
             prompts=len(subsets),
             skip_below=self.skip_below,
         )
-        lengths_R = rows.pair_M.bincount(minlength=len(questions) * len(subsets))
-        steps_T = torch.arange(int(lengths_R.max()), device=lengths_R.device)
-        mask_RT = steps_T < rearrange(lengths_R, "r -> r 1")
-        mask_BST = rearrange(mask_RT, "(b s) t -> b s t", s=len(subsets))
+        shape = (len(questions), len(subsets))
+        _, mask_BST = reference.padded(rows.labels_M, rows.pair_M, *shape)
         share = float(kept) if any(factor.requires_grad for factor in factors) else 1.0
         return mean, StepResult(loss_B, posterior_BK, share), crowding_B, mask_BST
 
     def _plain(
-        self,
-        rag: Rag,
-        loss: JointLoss,
-        questions: Sequence[str],
-        answers: Sequence[str],
-        chunks_BK: Sequence[Sequence[Chunk]],
-        subsets: Sequence[Subset],
+        self, rag: Rag, loss: JointLoss, batch: Batch, subsets: Sequence[Subset]
     ) -> tuple[Tensor, StepResult, Tensor, Tensor]:
         """As `_fused`, from the model's own log-probabilities."""
-        scores_BK, crowding_B, logp_BST, mask_BST = rag(questions, answers, chunks_BK, subsets)
+        scores_BK, crowding_B, logp_BST, mask_BST = rag(*batch, subsets)
         loss_B, posterior_BK = loss(scores_BK, logp_BST, mask_BST)
         result = StepResult(loss_B.detach(), posterior_BK.detach(), 1.0)
         return loss_B.mean(), result, crowding_B, mask_BST

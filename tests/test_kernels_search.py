@@ -22,7 +22,9 @@ def differing(dice, cases, impl, most):
         k = dice.randint(1, 70)
         queries_BD, corpus_ND = whole_numbers(queries, width), whole_numbers(rows, width)
         if dice.random() < 0.3:
-            corpus_ND[dice.randrange(rows) :] = corpus_ND[0]  # as many equal ones as there may be
+            corpus_ND[dice.randrange(rows) :] = corpus_ND[
+                0
+            ].clone()  # as many equal ones as there may be
         scores_BK, rows_BK = mips_topk(queries_BD, corpus_ND, k, impl=impl)
         wanted_BK, wanted = reference.mips_topk(queries_BD.double(), corpus_ND.double(), k)
         if not (torch.equal(rows_BK, wanted) and torch.equal(scores_BK.double(), wanted_BK)):

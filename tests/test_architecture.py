@@ -27,6 +27,7 @@ LAYERS = [
     {"train", "eval"},
     {"__main__"},
     {"cli"},
+    {"trials"},
     {"sweep"},
     {"pipeline", "systems", "lmeval"},
     {"plan"},

@@ -118,6 +118,16 @@ def test_a_stage_outlives_neither_the_failure_of_another_nor_an_interrupt(tmp_pa
     assert finished == []
 
 
+def test_a_failure_that_is_asked_for_is_told_and_the_others_go_on(tmp_path: Path):
+    jobs = [
+        stages.Job(name, tmp_path / name, [sys.executable, "-c", code], frozenset(), 1)
+        for name, code in (("bad", "raise SystemExit('error: a reason')"), ("good", "pass"))
+    ]
+    done, failed = [], {}
+    stages.run(jobs, 1, done.append, lambda name, error: failed.update({name: error.reason}))
+    assert done == ["good"] and failed == {"bad": "a reason"}
+
+
 def test_stages_run_after_those_they_need_and_no_more_at_once_than_asked(tmp_path: Path):
     code = "import sys, time; print(time.time()); time.sleep(0.1); print(time.time())"
     needs = {"a": (), "b": ("a",), "c": ("a",), "d": ("b", "c")}

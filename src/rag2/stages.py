@@ -62,10 +62,16 @@ class Failed(UserError):
         self.reason = reason
 
 
-def run(jobs: Sequence[Job], at_once: int, done: Callable[[str], None]) -> None:
+def run(
+    jobs: Sequence[Job],
+    at_once: int,
+    done: Callable[[str], None],
+    failed: Callable[[str, "Failed"], None] | None = None,
+) -> None:
     """Run every job; `done(name)` is called after each success.
 
-    Raises Failed with a failed job's last line. However it ends, no subprocess outlives it (by a
+    A job that fails is told to `failed(name, error)` and those that do not need it go on; without
+    that, Failed is raised with its last line. However it ends, no subprocess outlives it (by a
     SIGKILL: on Linux), and what the others have checkpointed is there for the next try.
     """
     # The longest first: the short ones fill the gaps that it leaves at the end.
@@ -80,9 +86,17 @@ def run(jobs: Sequence[Job], at_once: int, done: Callable[[str], None]) -> None:
                         waiting.remove(job)
                         running[job.name] = _Process(job, bars.add(job.name, max(1, job.steps)))
                 for name, process in list(running.items()):
-                    if process.finished():
+                    try:
+                        ended = process.finished()
+                    except Failed as error:
+                        if failed is None:
+                            raise
                         del running[name]
-                        done(name)
+                        failed(name, error)
+                    else:
+                        if ended:
+                            del running[name]
+                            done(name)
                 time.sleep(0.5)
         finally:
             for process in running.values():

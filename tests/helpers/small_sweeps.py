@@ -45,12 +45,15 @@ if __name__ == "__main__":
 '''
 
 
-def in_this_process(
-    ran: list[str],
-) -> Callable[[Sequence[stages.Job], int, Callable[[str], None]], None]:
+def in_this_process(ran: list[str]) -> Callable[..., None]:
     """`stages.run` without processes, which notes in `ran` what it runs."""
 
-    def run(jobs: Sequence[stages.Job], at_once: int, done: Callable[[str], None]) -> None:
+    def run(
+        jobs: Sequence[stages.Job],
+        at_once: int,
+        done: Callable[[str], None],
+        failed: Callable[[str, stages.Failed], None] | None = None,
+    ) -> None:
         for job in jobs:
             ran.append(job.name)
             _, script, flag, file, *words = job.command
@@ -60,8 +63,11 @@ def in_this_process(
             try:
                 main(config.load(cls, file, words))
             except UserError as error:
-                raise stages.Failed(job, str(error)) from None
-            done(job.name)
+                if failed is None:
+                    raise stages.Failed(job, str(error)) from None
+                failed(job.name, stages.Failed(job, str(error)))
+            else:
+                done(job.name)
 
     return run
 

@@ -37,6 +37,10 @@ RECIPES = {
             "Answer the same questions with every arm.",
             "configs/demo/compare.yaml out=runs/compare",
         ),
+        "methods": (
+            "Compare fine-tuning methods, alone and with retrieval.",
+            "configs/demo/methods.yaml out=runs/methods",
+        ),
         "open": (
             "Answer open questions in words, closed book and with retrieval.",
             "configs/hub/open_qwen3.yaml questions=q.jsonl kb=kb.sqlite out=runs/open",

@@ -81,7 +81,7 @@ def main(cfg: FinetuneConfig) -> dict[str, float]:
     generator = Generator.load(cfg.generator, cfg.dtype, device)
     if cfg.gradient_checkpointing:
         generator.model.gradient_checkpointing_enable()
-    generator = Generator(cfg.tuning.apply(generator.model), generator.tokenizer)
+    generator = generator.tuned(cfg.tuning)
     generator.model.train()
     data = read_data(cfg)
     batch_loss = cfg.objective.prepare(data, generator, cfg.batch_size, cfg.seed)

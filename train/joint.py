@@ -248,7 +248,7 @@ def load(cfg: JointConfig, device: torch.device) -> tuple[Rag, dict[str, Any]]:
     if "retriever" not in cfg.train:
         retriever.requires_grad_(False)
     if "generator" in cfg.train:
-        generator = Generator(cfg.tuning.apply(generator.model), generator.tokenizer)
+        generator = generator.tuned(cfg.tuning)
     else:
         generator.model.requires_grad_(False)
     if cfg.shard:

@@ -3,10 +3,12 @@
 rag2 train finetune -c configs/demo/finetune.yaml out=runs/ft
 rag2 train finetune -c configs/demo/finetune.yaml tuning.name=lora steps=20 out=runs/lora
 rag2 train finetune -c configs/demo/finetune.yaml objective.name=supervised out=runs/sft
+torchrun --nproc-per-node 2 train/finetune.py -c configs/demo/finetune.yaml
 """
 
 from pathlib import Path
 
+import torch
 from pydantic import Field
 
 from rag2 import config, pipeline
@@ -15,7 +17,7 @@ from rag2.generator.load import Generator
 from rag2.kb.store import KnowledgeBase
 from rag2.modes import Precision, matmul
 from rag2.registry import UserError
-from rag2.training import checkpoint, distributed, optim, track
+from rag2.training import checkpoint, distributed, optim, parts, track
 from rag2.training.choices import Objective, Tuning
 from rag2.training.interrupt import Stop
 from rag2.training.log import Clock, progress
@@ -51,6 +53,10 @@ class FinetuneConfig(pipeline.Inputs):
     tuning: Tuning = Full()
     steps: int = Field(default=100, ge=0)
     batch_size: int = Field(default=16, ge=1)
+    """sequences of a step, of all processes together"""
+    accumulate: int = Field(default=1, ge=1)
+    """the batch is taken in so many equal parts one after the other, which needs the memory of one;
+    the loss is the mean over the tokens of the whole batch all the same"""
     lr: float = Field(default=5e-4, gt=0)
     betas: optim.Betas = (0.9, 0.98)
     weight_decay: float = Field(default=0.01, ge=0)
@@ -69,11 +75,13 @@ def main(cfg: FinetuneConfig) -> dict[str, float]:
     unused = "kb" if cfg.objective.needs == "questions" else "questions"
     cfg = pipeline.resolve(cfg, {unused})
     assert cfg.generator
+    device = distributed.start(cfg.device)
+    mine = parts.slices(cfg.batch_size, cfg.accumulate)
     checkpoint.seed_everything(cfg.seed)
-    generator = Generator.load(cfg.generator, cfg.dtype, distributed.device(cfg.device))
+    generator = Generator.load(cfg.generator, cfg.dtype, device)
     if cfg.gradient_checkpointing:
         generator.model.gradient_checkpointing_enable()
-    generator = Generator(cfg.tuning.apply(generator.model), generator.tokenizer)
+    generator = generator.tuned(cfg.tuning)
     generator.model.train()
     data = read_data(cfg)
     batch_loss = cfg.objective.prepare(data, generator, cfg.batch_size, cfg.seed)
@@ -88,9 +96,13 @@ def main(cfg: FinetuneConfig) -> dict[str, float]:
     ):
         for step in range(run.start, cfg.steps):
             optimizer.zero_grad(set_to_none=True)
-            nll = batch_loss(step)
-            nll.backward()
-            loss = float(nll.detach())
+            loss = 0.0
+            for part in mine:
+                nll = batch_loss(step, part)
+                (distributed.world() * nll).backward()  # the processes' gradients are averaged
+                loss += float(nll.detach())
+            distributed.average_gradients(weights)
+            loss = float(distributed.each(torch.tensor(loss, dtype=torch.float64)).sum())
             norm = optim.clip(weights, loss, cfg.max_norm, step)
             lr = optim.set_lr(optimizer, cfg.schedule.factor(step, cfg.steps))["generator"]
             optimizer.step()

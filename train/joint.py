@@ -34,7 +34,7 @@ from rag2.retriever.embed import embed_corpus
 from rag2.retriever.encoder import DualEncoder, EncoderConfig
 from rag2.training import batches, checkpoint, distributed, optim, parts, sharding, track
 from rag2.training.candidates import Candidates, Proposals, rerank
-from rag2.training.choices import Index, Loss, Refresh, Step, Tuning
+from rag2.training.choices import Index, Loss, Refresh, RetrieverTuning, Step, Tuning
 from rag2.training.interrupt import Stop
 from rag2.training.log import Clock, progress
 from rag2.training.run import Run
@@ -82,6 +82,9 @@ class JointConfig(pipeline.Inputs):
     loss: Loss = Marginal()
     step: Step = TwoPass()
     tuning: Tuning = Full()
+    """which of the generator's weights learn"""
+    retriever_tuning: RetrieverTuning = Full()
+    """which of the retriever's weights learn; adapters are merged into what is saved"""
     index: Index = Flat()
     refresh: Refresh = SyncRefresh()
     staleness: Staleness = Staleness()
@@ -229,6 +232,8 @@ def refuse(cfg: JointConfig) -> None:
         raise UserError(f"nothing learns: train={cfg.train} and loss.reader=none")
     if cfg.shard and distributed.world() == 1:
         raise UserError("shard=true is for several processes: torchrun --nproc-per-node N ...")
+    if cfg.shard and not cfg.tuning.shards:
+        raise UserError(f"shard=true is for tuning full, lora and rslora, not {cfg.tuning.name}")
 
 
 def load(cfg: JointConfig, device: torch.device) -> tuple[Rag, dict[str, Any]]:
@@ -245,10 +250,12 @@ def load(cfg: JointConfig, device: torch.device) -> tuple[Rag, dict[str, Any]]:
     generator = Generator.load(cfg.generator, cfg.dtype, "cpu" if cfg.shard else device)
     if cfg.gradient_checkpointing:
         generator.model.gradient_checkpointing_enable()
-    if "retriever" not in cfg.train:
+    if "retriever" in cfg.train:
+        retriever.map_towers(cfg.retriever_tuning.apply)
+    else:
         retriever.requires_grad_(False)
     if "generator" in cfg.train:
-        generator = Generator(cfg.tuning.apply(generator.model), generator.tokenizer)
+        generator = generator.tuned(cfg.tuning)
     else:
         generator.model.requires_grad_(False)
     if cfg.shard:

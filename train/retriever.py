@@ -27,13 +27,14 @@ from rag2.registry import UserError
 from rag2.retriever.embed import embed_corpus
 from rag2.retriever.encoder import DualEncoder, EncoderConfig
 from rag2.training import checkpoint, optim, track
-from rag2.training.choices import Pairs
+from rag2.training.choices import Pairs, RetrieverTuning
 from rag2.training.interrupt import Stop
 from rag2.training.log import Clock, progress
 from rag2.training.pairs import Spans
 from rag2.training.run import Run
 from rag2.training.sequences import load_tokenizer
 from rag2.training.watch import Watch
+from rag2.tuning.full import Full
 from rag2.types import Chunk
 from rag2_kernels import info_nce
 
@@ -52,6 +53,8 @@ class RetrieverConfig(pipeline.Inputs):
     encoder: EncoderConfig = EncoderConfig()
     pairs: Pairs = Spans()
     """spans: of the corpus alone; questions: training questions and their evidence"""
+    tuning: RetrieverTuning = Full()
+    """which weights learn; adapters are merged into what is saved"""
     steps: int = Field(default=1000, ge=0)
     """the most steps; validation stops earlier"""
     batch_size: int = Field(default=64, ge=2)
@@ -96,6 +99,7 @@ def main(cfg: RetrieverConfig) -> dict[str, float]:
     draw = cfg.pairs.prepare(chunks, train, cfg.batch_size, cfg.seed)
     tokenizer = load_tokenizer(cfg.tokenizer) if cfg.tokenizer and not pretrained else None
     encoder = DualEncoder.build(cfg.encoder, tokenizer)
+    encoder.map_towers(cfg.tuning.apply)
     weights = optim.trainable([encoder])
     optimizer = optim.adamw({"retriever": (weights, cfg.lr)}, cfg.weight_decay, cfg.betas)
     best = copy.deepcopy(encoder)  # a module, so that checkpoints hold it too

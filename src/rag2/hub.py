@@ -5,8 +5,9 @@ from pathlib import Path
 
 from rag2.registry import UserError
 
-# A Hugging Face folder holds one of these: a model, or an adapter that names its base.
-FILES = ("config.json", "adapter_config.json")
+# A folder holds one of these: a model, or an adapter that names its base, PEFT's or ours.
+ADAPTERS = ("adapter_config.json", "rag2_adapter.json")
+FILES = ("config.json", *ADAPTERS)
 
 
 def is_local(name: str, what: str) -> bool:

@@ -29,6 +29,7 @@ from rag2.explain import mistake
 from rag2.generator.choices import encode_choices
 from rag2.generator.load import Generator
 from rag2.generator.logprob import Answer, choice_answers, pair_logprobs
+from rag2.generator.pairs import positions
 from rag2.generator.prompt import GAP
 from rag2.kb.lexical import BM25
 from rag2.kb.store import KnowledgeBase
@@ -101,8 +102,7 @@ class Rag(LM):
     @property
     def max_length(self) -> int:
         """Positions of the generator."""
-        config = self.generator.model.config.get_text_config()
-        return getattr(config, "max_position_embeddings", 2048)
+        return positions(self.generator.model) or 2048
 
     def loglikelihood(
         self, requests: list[Any], disable_tqdm: bool = False

@@ -48,6 +48,23 @@ TABLES: dict[str, dict[str, str]] = {
     "tuning": {
         "full": "rag2.tuning.full:Full",
         "lora": "rag2.tuning.lora:LoRA",
+        "dora": "rag2.tuning.dora:DoRA",
+        "rslora": "rag2.tuning.rslora:RsLoRA",
+        "qlora": "rag2.tuning.qlora:QLoRA",
+        "prefix": "rag2.tuning.prefix:Prefix",
+        "prompt": "rag2.tuning.prompt:Prompt",
+        "p_tuning": "rag2.tuning.p_tuning:PTuning",
+        "houlsby": "rag2.tuning.houlsby:Houlsby",
+        "pfeiffer": "rag2.tuning.pfeiffer:Pfeiffer",
+        "ia3": "rag2.tuning.ia3:IA3",
+    },
+    # Those that leave a plain encoder behind.
+    "retriever_tuning": {
+        "full": "rag2.tuning.full:Full",
+        "lora": "rag2.tuning.lora:LoRA",
+        "dora": "rag2.tuning.dora:DoRA",
+        "rslora": "rag2.tuning.rslora:RsLoRA",
+        "ia3": "rag2.tuning.ia3:IA3",
     },
     "refresh": {
         "none": "rag2.reindex.policy:NoRefresh",

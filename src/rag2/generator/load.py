@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from rag2 import hub
 from rag2.generator.induction import looking_back
-from rag2.registry import UserError, nearest
+from rag2.registry import UserError, lookup, nearest
 
+FORMAT = "rag2.adapter/1"
 DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -37,7 +38,8 @@ class Generator:
 
         The folder of an adapter is loaded on the base it names, the adapter's weights in float32.
         The pad token falls back to eos. Raises UserError for a path without a model, one that lacks
-        weights (an encoder has no output head), an unknown dtype or a tokenizer that does not fit.
+        weights (an encoder has no output head), an unknown dtype, a tokenizer that does not fit and
+        an adapter whose base is not there or has other weights than when it was trained.
         """
         if dtype not in DTYPES:
             allowed = ", ".join(DTYPES)
@@ -51,8 +53,8 @@ class Generator:
             tokenizer = AutoTokenizer.from_pretrained(
                 name, local_files_only=local, trust_remote_code=False
             )
-            if (adapter := Path(name, "adapter_config.json")).is_file():
-                model = _adapted(adapter, dtype)
+            if any(Path(name, file).is_file() for file in hub.ADAPTERS):
+                model = _adapted(Path(name), dtype)
             else:
                 model = _plain(name, dtype, local)
         except UserError:
@@ -72,6 +74,20 @@ class Generator:
             )
         return cls(model.to(device).eval(), tokenizer)
 
+    def tuned(self, tuning: Any) -> Self:
+        """This generator under a tuning method; an adapter remembers the base it stands on."""
+        origin = None
+        if tuning.name != "full":
+            origin = {
+                "base": self.model.name_or_path,
+                "dtype": str(self.model.dtype).removeprefix("torch."),
+                "fingerprint": self.fingerprint(),
+            }
+        model = tuning.apply(self.model)
+        if origin:
+            model.origin = origin
+        return type(self)(model, self.tokenizer)
+
     def save(self, directory: str | Path, weights: dict[str, torch.Tensor] | None = None) -> None:
         """Write a plain Hugging Face folder: config, safetensors, tokenizer (an adapter stays one).
 
@@ -80,6 +96,10 @@ class Generator:
         """
         self.model.save_pretrained(directory, state_dict=weights)
         self.tokenizer.save_pretrained(directory)
+        if origin := getattr(self.model, "origin", None):
+            tuning = self.model.tuning.model_dump(mode="json")
+            text = json.dumps({"format": FORMAT, "tuning": tuning, **origin}, indent=2)
+            Path(directory, hub.ADAPTERS[1]).write_text(text + "\n", encoding="utf-8")
 
     def fingerprint(self) -> str:
         """SHA-256 of every parameter and buffer with its name, and of the vocabulary."""
@@ -111,12 +131,34 @@ def _plain(name: str, dtype: str, local: bool) -> Any:
     return model
 
 
-def _adapted(file: Path, dtype: str) -> Any:
-    """The adapter beside `file` on its base. PEFT loads it, for it keeps the adapter in float32."""
-    from peft import PeftModel
+def _adapted(folder: Path, dtype: str) -> Any:
+    """The adapter in `folder` on its base, which must be the one it was trained on."""
+    peft, ours = (folder / file for file in hub.ADAPTERS)
+    if not ours.is_file():  # from elsewhere: nobody wrote down what its base was
+        path = json.loads(peft.read_text(encoding="utf-8"))["base_model_name_or_path"]
+        return lookup("tuning", "lora")().load(_base(folder, path, dtype).model, folder)
+    record = json.loads(ours.read_text(encoding="utf-8"))
+    if record["format"] != FORMAT:
+        raise UserError(f"adapter {folder}: unknown format {record['format']!r}; known: {FORMAT}")
+    base = _base(folder, record["base"], dtype)
+    # Weights that were rounded differently have other bits: compare in the precision of then.
+    then = base if record["dtype"] == dtype else _base(folder, record["base"], record["dtype"])
+    if then.fingerprint() != record["fingerprint"]:
+        raise UserError(
+            f"adapter {folder} was trained on other weights or another vocabulary than those of "
+            f"its base {record['base']!r} now: it would compute something else"
+        )
+    tuning = lookup("tuning", record["tuning"]["name"]).model_validate(record["tuning"])
+    model = tuning.load(base.model, folder)
+    model.origin = {key: record[key] for key in ("base", "dtype", "fingerprint")}
+    return model
 
-    base = json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"]
-    return PeftModel.from_pretrained(Generator.load(base, dtype).model, str(file.parent))
+
+def _base(folder: Path, path: str, dtype: str) -> Generator:
+    try:
+        return Generator.load(path, dtype)
+    except UserError as error:
+        raise UserError(f"the base of adapter {folder} is missing: {error}") from None
 
 
 def build_llama(

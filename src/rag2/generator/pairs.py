@@ -185,8 +185,18 @@ def check_room(model: Model, context: int, answer: int, called: str) -> None:
 
 
 def positions(model: Model) -> int | None:
-    """The longest sequence that the model can read, in tokens; None where there is no limit."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    """The longest sequence that the model can read, in tokens; None where there is no limit.
+
+    Virtual tokens of prompt and prefix tuning take positions of their own.
+    """
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return None if limit is None else limit - virtual_tokens(model)
+
+
+def virtual_tokens(model: Model) -> int:
+    """How many learned tokens the model reads before each sequence."""
+    method = getattr(model, "active_peft_config", None)
+    return method.num_virtual_tokens if getattr(method, "is_prompt_learning", False) else 0
 
 
 def token_batches(

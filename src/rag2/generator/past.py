@@ -17,7 +17,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from rag2.generator.head import Model, Rows, logits_at
-from rag2.generator.pairs import Ids, every_row, pad, place
+from rag2.generator.pairs import Ids, every_row, pad, place, virtual_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +120,7 @@ def shares_past(model: Model) -> bool:
     """Whether a cache can be copied row by row and continued behind padding, under any mask."""
     if model.config._attn_implementation not in ("sdpa", "eager"):
         return False  # flash attention knows no mask but the causal one
-    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+    if virtual_tokens(model):
         return False  # virtual tokens would be put in front of the cached continuation again
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     if "position_ids" not in inspect.signature(inner.forward).parameters:

@@ -11,7 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 from einops import rearrange
@@ -161,12 +161,12 @@ class DualEncoder(nn.Module):
         """Write plain Hugging Face folders (safetensors) plus rag2_encoder.json.
 
         A shared tower lies in `directory` itself, two towers in `question/` and `chunk/`.
-        Adapters must be merged first.
+        Adapters are merged into what is written.
         """
         root = Path(directory)
+        towers = self.merged().towers
         for name, folder in _folders(root, self.config.towers).items():
-            tower = self.towers[name]
-            assert isinstance(tower, PreTrainedModel), f"merge the adapters of {name!r} first"
+            tower: Any = towers[name]
             tower.save_pretrained(folder)
             self.tokenizer.save_pretrained(folder)
         record = {
@@ -182,6 +182,14 @@ class DualEncoder(nn.Module):
         """Replace every network by `change(network)`, as in `map_towers(LoRA(rank=8).apply)`."""
         for name, tower in self.towers.items():
             self.towers[name] = change(tower)
+
+    def merged(self) -> "DualEncoder":
+        """The same embeddings from plain networks: itself, or a copy with the adapters merged."""
+        if all(isinstance(tower, PreTrainedModel) for tower in self.towers.values()):
+            return self
+        plain = copy.deepcopy(self)
+        plain.map_towers(lambda tower: getattr(tower, "tuning").merge(tower))  # noqa: B009
+        return plain
 
     @property
     def question_tower(self) -> nn.Module:
@@ -263,6 +271,7 @@ class DualEncoder(nn.Module):
         """SHA-256 of all that decides an embedding or a score: settings, vocabulary and weights.
 
         Where the weights once came from (`model`) is left out: a moved folder is the same encoder.
+        Adapters count as merged, which is how the encoder is saved.
         """
         where = {"model", "dropout", "temperature", "learn_temperature"}
         network = self.chunk_tower.config
@@ -274,7 +283,7 @@ class DualEncoder(nn.Module):
             "probe": self.tokenizer(PROBE)["input_ids"],
         }
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
-        for name, tensor in sorted(self.state_dict().items()):
+        for name, tensor in sorted(self.merged().state_dict().items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             raw = tensor.detach().cpu().contiguous()
             digest.update(raw.flatten().view(torch.uint8).numpy())

@@ -118,15 +118,17 @@ def _restore_random_state(state: dict[str, torch.Tensor]) -> None:
 def _tensors(module: nn.Module) -> dict[str, torch.Tensor]:
     """What training changes of a module's state; tied tensors once, as safetensors demands.
 
-    Frozen weights come from where the run began: under adapters a checkpoint holds these alone.
+    Frozen weights come from where the run began: under adapters a checkpoint holds these alone,
+    with the networks that make virtual tokens.
     """
     # Of tied weights named_parameters knows one name, state_dict all: compare the objects (weights
-    # in pieces have no memory of their own to compare).
-    seen = {id(weight) for weight in module.parameters() if not weight.requires_grad}
+    # in pieces have no memory of their own to compare). A quantised layer's scales are neither.
+    left = {id(weight) for weight in module.parameters() if weight.requires_grad}
+    left |= {id(buffer) for buffer in module.buffers()}
     rows = {}
     for name, tensor in module.state_dict(keep_vars=True).items():
-        if id(tensor) not in seen:
-            seen.add(id(tensor))
+        if id(tensor) in left:
+            left.remove(id(tensor))
             rows[name] = tensor
     return rows
 

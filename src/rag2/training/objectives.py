@@ -1,7 +1,7 @@
 """What classic fine-tuning minimises: the corpus as plain text, or answers to questions."""
 
-from collections.abc import Callable, Sequence
-from typing import ClassVar, Literal
+from collections.abc import Sequence
+from typing import ClassVar, Literal, Protocol
 
 from pydantic import Field
 from torch import Tensor
@@ -15,8 +15,16 @@ from rag2.training import batches
 from rag2.training.sequences import blocks, collate
 from rag2.types import Question
 
-# step -> the loss of that step's batch, in nats per token
-BatchLoss = Callable[[int], Tensor]
+WHOLE = slice(None)
+
+
+class BatchLoss(Protocol):
+    """The loss of a step's batch in nats per token, or what a part of its rows adds to it.
+
+    That is a sum over the part's tokens, divided by the number of tokens of the whole batch.
+    """
+
+    def __call__(self, step: int, part: slice = WHOLE) -> Tensor: ...
 
 
 class Unsupervised(Config):
@@ -35,9 +43,10 @@ class Unsupervised(Config):
         """The loss of `size` blocks a step."""
         rows = blocks(data, self.block, generator.tokenizer)
 
-        def loss(step: int) -> Tensor:
-            picked = batches.sample(len(rows), size, seed, step)
-            return sequence_nll(generator.model, *collate([rows[row] for row in picked]))
+        def loss(step: int, part: slice = WHOLE) -> Tensor:
+            picked = [rows[row] for row in batches.sample(len(rows), size, seed, step)]
+            total = sum(float(row.weights_L[1:].sum()) for row in picked)
+            return sequence_nll(generator.model, *collate(picked[part]), total)
 
         return loss
 
@@ -57,9 +66,9 @@ class Supervised(Config):
         texts = [(prompt.context(q.question, [], tokenizer).text, " " + q.gold) for q in data]
         pairs = encode_pairs(tokenizer, texts)
 
-        def loss(step: int) -> Tensor:
-            picked = batches.sample(len(pairs), size, seed, step)
-            logp_RT, mask_RT = answer_logprob_rows(generator.model, [pairs[row] for row in picked])
-            return -logp_RT.sum() / mask_RT.sum()
+        def loss(step: int, part: slice = WHOLE) -> Tensor:
+            picked = [pairs[row] for row in batches.sample(len(pairs), size, seed, step)]
+            logp_RT, _ = answer_logprob_rows(generator.model, picked[part])
+            return -logp_RT.sum() / logp_RT.new_tensor(sum(len(answer) for _, answer in picked))
 
         return loss

@@ -24,6 +24,13 @@ def rows_each(batch_size: int, accumulate: int) -> int:
     return batch_size // parts
 
 
+def slices(batch_size: int, accumulate: int) -> list[slice]:
+    """This process's parts of a batch, one after the other; UserError as `rows_each` says."""
+    rows, world = rows_each(batch_size, accumulate), distributed.world()
+    firsts = range(distributed.rank(), batch_size, rows * world)
+    return [slice(first, first + rows * world, world) for first in firsts]
+
+
 def accumulated(
     step: OnePass | TwoPass,
     rag: Rag,

@@ -40,8 +40,8 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 def read_passages(path: Path, per_document: int | None = None) -> list[str]:
     """Title and text of every row of a JSONL file, or of the first so many on each document.
 
-    A row names its document in `metadata.of`. Raises UserError for a broken line, and for one that
-    names no document where they are counted.
+    A row names its document in `metadata.of`. Raises UserError for a broken line, for one that
+    names no document where they are counted, and for more than any document has.
     """
     rows, seen = _rows(path, ("title", "text")), Counter[str]()
     texts = []
@@ -58,6 +58,11 @@ def read_passages(path: Path, per_document: int | None = None) -> list[str]:
             if seen[of] > per_document:
                 continue
         texts.append(f"{row['title']}\n{row['text']}")
+    most = max(seen.values(), default=0)
+    if per_document is not None and per_document > most:
+        raise UserError(
+            f"paraphrases_per_document={per_document}: {path} has at most {most} of a document"
+        )
     return texts
 
 

@@ -32,7 +32,9 @@ def test_a_share_of_the_questions_and_some_of_the_paraphrases_are_what_is_traine
     given = {"kb": str(data / "kb.sqlite"), "questions": str(data / "questions.jsonl")}
 
     def texts(**changes: Any) -> list:
-        return finetune.read_data(finetune.FinetuneConfig(**given, **changes))
+        data, held = finetune.read_data(finetune.FinetuneConfig(**given, **changes))
+        assert held is None
+        return list(data)
 
     train = texts(objective={"name": "supervised"})
     some = texts(objective={"name": "supervised"}, question_share=0.1)

@@ -1,5 +1,6 @@
 """The almanac: true, answerable by reading, not by matching words, and not known beforehand."""
 
+import hashlib
 import json
 import os
 import re
@@ -14,7 +15,7 @@ import pytest
 from rag2.worlds.almanac import Almanac
 from rag2.worlds.lore.everyday import EVERYDAY
 from rag2.worlds.lore.facts import KINDS
-from rag2.worlds.lore.prose import CONTRASTS
+from rag2.worlds.lore.prose import CONTRASTS, _phrasing
 from rag2.worlds.lore.values import VALUES
 
 SMALL: dict[str, Any] = {
@@ -153,6 +154,45 @@ def test_paraphrases_state_the_same_facts_and_repeat_no_sentence(files):
         sentences = {s.rstrip(".") for s in original["text"].split(". ") if row["title"] in s}
         assert not sentences & {s.rstrip(".") for s in row["text"].split(". ")}
     assert set(counts.values()) == {4} and len(counts) == len(documents)
+
+
+def test_ten_paraphrases_are_ten_texts_and_repeat_no_sentence_of_the_document(almanac, files):
+    few = files["paraphrases"]
+    many = list(almanac.model_copy(update={"paraphrases": 10}).paraphrase_rows())
+    kept = [row for row in many if int(row["id"].rpartition("#p")[2]) <= 4]
+    assert kept == few and len(many) == len(few) * 10 // 4
+    documents = {row["id"]: row for row in files["documents"]}
+    golds = {}
+    for row in files["questions"]:
+        golds.setdefault(row["evidence"][0], set()).add(row["choices"][row["answer"]])
+    texts = {}
+    for row in many:
+        of = row["metadata"]["of"]
+        texts.setdefault(of, []).append(row["text"])
+        assert all(states(row["text"], gold) for gold in golds[of])
+        own = {s.rstrip(".") for s in documents[of]["text"].split(". ") if row["title"] in s}
+        assert not own & {s.rstrip(".") for s in row["text"].split(". ")}
+    assert len(texts) == len(documents)
+    assert all(len(set(found)) == 10 for found in texts.values())
+
+
+def test_the_phrasings_of_a_page_are_paired_anew_in_every_version():
+    for count in (3, 5):
+        pairs = [
+            [_phrasing(v, place, count) for place in (0, 1)] for v in range(1 + (count - 1) ** 2)
+        ]
+        assert pairs[0] == [0, 0] and all(0 not in pair for pair in pairs[1:])
+        assert len({tuple(pair) for pair in pairs}) == len(pairs)
+        assert pairs[1:count] == [[n, n] for n in range(1, count)]
+
+
+def test_the_default_files_stay_as_they_were():
+    world = Almanac(seed=0, train=16, validation=16, test=16, two_hop=8, pretrain_rows=50)
+    digest = hashlib.sha256()
+    for rows in (world.documents(), world.paraphrase_rows(), world.questions(), world.pretrain()):
+        for row in rows:
+            digest.update(json.dumps(row).encode())
+    assert digest.hexdigest().startswith("64b187aca6eb680c")
 
 
 def test_asides_are_true_and_compete_with_the_entitys_own_value(almanac):

@@ -14,6 +14,7 @@ from rag2.retriever.embed import embed_corpus
 from rag2.retriever.encoder import DualEncoder, EncoderConfig
 from rag2.training import batches
 from rag2.training.candidates import NULL, Candidates, Proposals, rerank
+from rag2.training.lessons import Given
 from rag2.training.objectives import Supervised, Unsupervised
 from rag2.training.sequences import blocks, collate, reading, weigh
 from rag2.types import Chunk, Question
@@ -217,15 +218,20 @@ def test_the_objectives_are_the_mean_negative_log_likelihood_of_their_tokens(
     generator: Generator, tokenizer
 ):
     text = "The ferry leaves at noon. " * 3
-    loss = Unsupervised(block=500).prepare([text], generator, 1, 0)(0)
+    given = Given(chunks=[Chunk(1, "d", text)])
+    lessons = Unsupervised(block=500).prepare(given, generator, 0)
+    loss = lessons.nll([0])
     ids_L = tokenizer(text, add_special_tokens=False)["input_ids"]
     ids = torch.tensor([[tokenizer.bos_token_id, *ids_L, tokenizer.eos_token_id]])
     torch.testing.assert_close(loss, generator.model(input_ids=ids, labels=ids).loss)
+    assert lessons.tokens_N.tolist() == [ids.shape[1] - 1]
 
     question = Question("q", "Who sells wax?", ("Lasur Haven", "b"), 0)
-    loss = Supervised().prepare([question], generator, 1, 0)(0)
+    lessons = Supervised().prepare(Given([question]), generator, 0)
+    loss = lessons.nll([0])
     context = tokenizer("Question: Who sells wax?\nAnswer:")["input_ids"]
     ids = torch.tensor([tokenizer("Question: Who sells wax?\nAnswer: Lasur Haven")["input_ids"]])
     labels = ids.clone()
     labels[:, : len(context)] = -100
     torch.testing.assert_close(loss, generator.model(input_ids=ids, labels=labels).loss)
+    assert lessons.tokens_N.tolist() == [ids.shape[1] - len(context)]

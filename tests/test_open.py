@@ -127,8 +127,9 @@ def test_a_text_ends_with_its_line_or_with_the_end_of_text(
             self.rows = sorted(range(4), key=lambda row: -row)
             self.step = 0
 
-        def next(self) -> list[int]:
-            return [scripts[row][self.step] for row in self.rows]
+        def next(self) -> torch.Tensor:
+            tokens = torch.tensor([scripts[row][self.step] for row in self.rows])
+            return torch.nn.functional.one_hot(tokens, len(tokenizer)).float()
 
         def go_on(self, rows: list[int], tokens: list[int]) -> None:
             assert tokens == [scripts[self.rows[row]][self.step] for row in rows]

@@ -32,7 +32,9 @@ def test_a_share_of_the_questions_and_some_of_the_paraphrases_are_what_is_traine
     given = {"kb": str(data / "kb.sqlite"), "questions": str(data / "questions.jsonl")}
 
     def texts(**changes: Any) -> list:
-        return finetune.read_data(finetune.FinetuneConfig(**given, **changes))
+        data, held = finetune.read_data(finetune.FinetuneConfig(**given, **changes))
+        assert held is None
+        return list(data)
 
     train = texts(objective={"name": "supervised"})
     some = texts(objective={"name": "supervised"}, question_share=0.1)
@@ -46,6 +48,8 @@ def test_a_share_of_the_questions_and_some_of_the_paraphrases_are_what_is_traine
     for count, kept in ((0, []), (1, ["a 0", "b 0"]), (None, [row["text"] for row in rows])):
         found = texts(paraphrases=str(path), paraphrases_per_document=count)
         assert found == plain + [f"t\n{text}" for text in kept]
+    with pytest.raises(UserError, match=r"per_document=4: .*paraphrases.jsonl has at most 3 of a"):
+        texts(paraphrases=str(path), paraphrases_per_document=4)
     write_jsonl(path, [{"title": "t", "text": "x"}])
     with pytest.raises(UserError, match=r"paraphrases.jsonl:1: 'metadata.of' must name a document"):
         texts(paraphrases=str(path), paraphrases_per_document=1)

@@ -76,6 +76,8 @@ TABLES: dict[str, dict[str, str]] = {
     "objective": {
         "unsupervised": "rag2.training.objectives:Unsupervised",
         "supervised": "rag2.training.objectives:Supervised",
+        "raft": "rag2.training.raft:Raft",
+        "instruction": "rag2.training.instruction:Instruction",
     },
     "pairs": {
         "spans": "rag2.training.pairs:Spans",

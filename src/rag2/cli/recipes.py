@@ -23,6 +23,10 @@ RECIPES = {
             "Fine-tune the generator alone, fully or by adapter.",
             "configs/demo/finetune.yaml tuning.name=lora steps=20 out=runs/lora",
         ),
+        "paraphrase": (
+            "Let a causal LM reword documents, to fine-tune on.",
+            "configs/demo/paraphrase.yaml count=10 out=runs/paraphrases",
+        ),
         "joint": (
             "Train retriever and generator together.",
             "configs/demo/joint.yaml steps=60 refresh.every=15 out=runs/joint",

@@ -82,16 +82,12 @@ def answer_head_rows(model: Model, weight_VH: Tensor, pairs: Sequence[Pair]) -> 
     return HeadRows(hidden_MH, weight_VH, labels_M, pair_M)
 
 
-def sequence_nll(
-    model: Model, ids_BL: Tensor, weights_BL: Tensor, total: float | None = None
-) -> Tensor:
+def sequence_nll(model: Model, ids_BL: Tensor, weights_BL: Tensor) -> Tensor:
     """Mean of -log p(token | tokens before) in nats, weighted by `weights_BL` at each token.
 
     The weight of a sequence's first token counts for nothing, since nothing predicts it. Padding
-    goes to the right and has weight 0; it needs no mask, for no earlier token can see it. `total`
-    is the weight of all tokens of a batch that these sequences are a part of: what the parts give
-    then adds up to the batch's mean. Raises UserError for sequences longer than the model's
-    positions.
+    goes to the right and has weight 0; it needs no mask, for no earlier token can see it. Raises
+    UserError for sequences longer than the model's positions.
     """
     check_length(model, ids_BL.shape[1], "lower objective.block or shorten the texts")
     assert ids_BL.shape == weights_BL.shape, f"{tuple(ids_BL.shape)}, {tuple(weights_BL.shape)}"
@@ -103,8 +99,7 @@ def sequence_nll(
     labels_M = ids_BL[:, 1:][sequence_M, before_M]
     weights_M = weights_BS[sequence_M, before_M].float()
     logp_M = _row_logp(model, rows, labels_M, {"input_ids": ids_BL})
-    all_of_them = weights_M.sum() if total is None else weights_M.new_tensor(total)
-    return -(weights_M * logp_M).sum() / all_of_them
+    return -(weights_M * logp_M).sum() / weights_M.sum()
 
 
 def _row_logp(model: Model, rows: Rows, labels_M: Tensor, inputs: dict[str, Tensor]) -> Tensor:

@@ -104,7 +104,7 @@ class Cell:
     def job(self) -> stages.Job:
         """The recipe as a command on the resolved configuration."""
         command = [sys.executable, str(self.recipe.path), "-c", str(self.directory / YAML)]
-        steps = getattr(self.cfg, "steps", 0)
+        steps = getattr(self.cfg, "steps", 0) or 0
         return stages.Job(
             self.label(), self.directory, command, frozenset(), steps, one_thread=False
         )

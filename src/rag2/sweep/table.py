@@ -13,7 +13,10 @@ from rag2.training.log import train_seconds
 
 Row = dict[str, Any]
 # What the table on the terminal shows beside the swept keys; the files have everything.
-TOLD = ("arm", "k", "accuracy", "ci95_low", "ci95_high", "recall_at_1", "recall_at_5", "loss")
+TOLD = (
+    *("arm", "k", "accuracy", "ci95_low", "ci95_high"),
+    *("recall_at_1", "recall_at_5", "loss", "validation_nll"),
+)
 
 
 def read(directory: Path, recipe: str) -> tuple[dict[str, list[Row]], list[str]]:

@@ -22,6 +22,13 @@ def sample(num_rows: int, size: int, seed: int, step: int) -> np.ndarray:
     return rows
 
 
+def whole_epochs(num_rows: int, size: int, seed: int, step: int) -> np.ndarray:
+    """As `sample`, but no batch reaches into the next epoch: the last of an epoch is smaller."""
+    assert num_rows > 0 and size > 0, (num_rows, size)
+    epoch, batch = divmod(step, -(-num_rows // size))
+    return generator(seed, epoch).permutation(num_rows)[batch * size : (batch + 1) * size]
+
+
 def bucketed(
     lengths: Sequence[int], size: int, seed: int, step: int, window: int = 16
 ) -> np.ndarray:

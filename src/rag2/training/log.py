@@ -144,8 +144,11 @@ class Bars:
     def __exit__(self, *_: object) -> None:
         self._bars.stop()
 
-    def add(self, title: str, total: int, done: int = 0) -> Advance:
-        """A new bar; the returned function advances it and shows `key=value` beside it."""
+    def add(self, title: str, total: int | None, done: int = 0) -> Advance:
+        """A new bar; the returned function advances it and shows `key=value` beside it.
+
+        `total` is None where nobody knows.
+        """
         task = self._bars.add_task(title, total=total, completed=done, note="")
 
         def advance(amount: int = 1, **values: float) -> None:
@@ -156,7 +159,7 @@ class Bars:
 
 
 @contextmanager
-def progress(title: str, total: int, done: int = 0) -> Iterator[Advance]:
+def progress(title: str, total: int | None, done: int = 0) -> Iterator[Advance]:
     """One progress bar; the yielded function advances it and shows `key=value` beside it."""
     with Bars() as bars:
         yield bars.add(title, total, done)

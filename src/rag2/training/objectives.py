@@ -1,30 +1,19 @@
 """What classic fine-tuning minimises: the corpus as plain text, or answers to questions."""
 
 from collections.abc import Sequence
-from typing import ClassVar, Literal, Protocol
+from typing import ClassVar, Literal
 
+import numpy as np
 from pydantic import Field
 from torch import Tensor
 
 from rag2.config import Config
 from rag2.generator.learning import answer_logprob_rows, sequence_nll
 from rag2.generator.load import Generator
-from rag2.generator.pairs import encode_pairs
+from rag2.generator.pairs import Pair, encode_pairs
 from rag2.generator.prompt import Prompt
-from rag2.training import batches
+from rag2.training.lessons import Given, Lessons
 from rag2.training.sequences import blocks, collate
-from rag2.types import Question
-
-WHOLE = slice(None)
-
-
-class BatchLoss(Protocol):
-    """The loss of a step's batch in nats per token, or what a part of its rows adds to it.
-
-    That is a sum over the part's tokens, divided by the number of tokens of the whole batch.
-    """
-
-    def __call__(self, step: int, part: slice = WHOLE) -> Tensor: ...
 
 
 class Unsupervised(Config):
@@ -37,18 +26,17 @@ class Unsupervised(Config):
     block: int = Field(default=256, ge=2)
     """tokens per block"""
 
-    needs: ClassVar[str] = "texts"
+    needs: ClassVar[frozenset[str]] = frozenset({"kb"})
 
-    def prepare(self, data: Sequence[str], generator: Generator, size: int, seed: int) -> BatchLoss:
-        """The loss of `size` blocks a step."""
-        rows = blocks(data, self.block, generator.tokenizer)
+    def prepare(self, given: Given, generator: Generator, seed: int) -> Lessons:
+        """A row per block; every token but a block's first carries loss."""
+        texts = [passage.passage for passage in given.passages]
+        rows = blocks(texts, self.block, generator.tokenizer)
 
-        def loss(step: int, part: slice = WHOLE) -> Tensor:
-            picked = [rows[row] for row in batches.sample(len(rows), size, seed, step)]
-            total = sum(float(row.weights_L[1:].sum()) for row in picked)
-            return sequence_nll(generator.model, *collate(picked[part]), total)
+        def nll(picked: Sequence[int]) -> Tensor:
+            return sequence_nll(generator.model, *collate([rows[row] for row in picked]))
 
-        return loss
+        return Lessons(np.array([len(row.ids_L) - 1 for row in rows]), nll)
 
 
 class Supervised(Config):
@@ -56,19 +44,22 @@ class Supervised(Config):
 
     name: Literal["supervised"] = "supervised"
 
-    needs: ClassVar[str] = "questions"
+    needs: ClassVar[frozenset[str]] = frozenset({"questions"})
 
-    def prepare(
-        self, data: Sequence[Question], generator: Generator, size: int, seed: int
-    ) -> BatchLoss:
-        """The loss of `size` questions a step."""
+    def prepare(self, given: Given, generator: Generator, seed: int) -> Lessons:
+        """A row per question; the tokens of its answer carry loss."""
         prompt, tokenizer = Prompt(), generator.tokenizer
-        texts = [(prompt.context(q.question, [], tokenizer).text, " " + q.gold) for q in data]
-        pairs = encode_pairs(tokenizer, texts)
+        texts = [
+            (prompt.context(q.question, [], tokenizer).text, " " + q.gold) for q in given.questions
+        ]
+        return of_answers(generator, encode_pairs(tokenizer, texts))
 
-        def loss(step: int, part: slice = WHOLE) -> Tensor:
-            picked = [pairs[row] for row in batches.sample(len(pairs), size, seed, step)]
-            logp_RT, _ = answer_logprob_rows(generator.model, picked[part])
-            return -logp_RT.sum() / logp_RT.new_tensor(sum(len(answer) for _, answer in picked))
 
-        return loss
+def of_answers(generator: Generator, pairs: Sequence[Pair]) -> Lessons:
+    """A row per (context, answer); the tokens of the answer carry loss."""
+
+    def nll(picked: Sequence[int]) -> Tensor:
+        logp_RT, mask_RT = answer_logprob_rows(generator.model, [pairs[row] for row in picked])
+        return -logp_RT.sum() / mask_RT.sum()
+
+    return Lessons(np.array([len(answer) for _, answer in pairs]), nll)

@@ -34,7 +34,7 @@ class Settings(Protocol):
     @property
     def resume(self) -> bool: ...
     @property
-    def steps(self) -> int: ...
+    def steps(self) -> int | None: ...
     @property
     def checkpoint_every(self) -> int: ...
     @property
@@ -77,7 +77,7 @@ class Run:
             )
         state = checkpoint.load(self.out, modules, optimizer) if cfg.resume else None
         self.start: int = state["step"] if state else 0
-        if self.start > cfg.steps:
+        if cfg.steps is not None and self.start > cfg.steps:
             raise UserError(f"{self.out} is at step {self.start}: steps={cfg.steps} is behind it")
         self.extra: dict[str, Any] = state["extra"] if state else {}
         self.given = {"data": _digest(_lines(data)), "frozen": _digest(_frozen(modules))}
@@ -101,7 +101,10 @@ class Run:
             artifact.replace(saved, config.dump(cfg))
 
     def due(self, step: int) -> bool:
-        """Whether a checkpoint follows `step`; the last always, for what comes then may fail."""
+        """Whether a checkpoint follows `step`; the last always, for what comes then may fail.
+
+        Without `steps`, which step is the last is the caller's to know.
+        """
         return (step + 1) % self._cfg.checkpoint_every == 0 or step + 1 == self._cfg.steps
 
     def checkpoint(self, step: int, **extra: Any) -> None:

@@ -4,7 +4,6 @@ Letters: L tokens of a sequence, B sequences.
 """
 
 import json
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +15,7 @@ from transformers import AutoTokenizer
 
 from rag2.generator.prompt import Prompt
 from rag2.registry import UserError
+from rag2.types import Chunk
 
 
 class Weighted(NamedTuple):
@@ -37,28 +37,23 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def read_passages(path: Path, per_document: int | None = None) -> list[str]:
-    """Title and text of every row of a JSONL file, or of the first so many on each document.
+def read_paraphrases(path: Path, counted: bool) -> list[Chunk]:
+    """The rewordings {"title", "text", "metadata": {"of": document}} of a JSONL file.
 
-    A row names its document in `metadata.of`. Raises UserError for a broken line, and for one that
-    names no document where they are counted.
+    Raises UserError for a broken line and, where they are `counted` by document, for one that names
+    none.
     """
-    rows, seen = _rows(path, ("title", "text")), Counter[str]()
-    texts = []
-    for number, row in enumerate(rows, 1):
-        if per_document is not None:
-            metadata = row.get("metadata")
-            of = metadata.get("of") if isinstance(metadata, dict) else None
-            if not isinstance(of, str):
-                raise UserError(
-                    f"{path}:{number}: 'metadata.of' must name a document, so that "
-                    f"paraphrases_per_document={per_document} can count"
-                )
-            seen[of] += 1
-            if seen[of] > per_document:
-                continue
-        texts.append(f"{row['title']}\n{row['text']}")
-    return texts
+    found = []
+    for number, row in enumerate(_rows(path, ("title", "text")), 1):
+        metadata = row.get("metadata")
+        of = metadata.get("of") if isinstance(metadata, dict) else None
+        if counted and not isinstance(of, str):
+            raise UserError(
+                f"{path}:{number}: 'metadata.of' must name a document, so that its paraphrases can "
+                "be counted (paraphrases_per_document, validation)"
+            )
+        found.append(Chunk(number, str(of or ""), row["text"], row["title"]))
+    return found
 
 
 def _rows(path: Path, texts: Sequence[str]) -> list[dict[str, Any]]:

@@ -39,7 +39,8 @@ class Almanac(Config):
     """the same in the base's pages, where telling entities apart is practised"""
     unseen: float = Field(default=0.4, ge=0, le=1)
     train_wordings: StrictInt = Field(default=3, ge=1, le=4)
-    paraphrases: StrictInt = Field(default=4, ge=0, le=4)
+    paraphrases: StrictInt = Field(default=4, ge=0, le=10)
+    """rewordings of each document; beyond 4, known sentences stand in new pairs"""
     two_hop: StrictInt = Field(default=100, ge=0)
     pretrain_rows: StrictInt = Field(default=18_000, ge=0)
 

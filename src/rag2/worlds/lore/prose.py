@@ -79,10 +79,22 @@ def _reference(entity: Entity, after_aside: bool, rng: random.Random) -> str:
     return rng.choice(("", *entity.kind.nouns))
 
 
+def _phrasing(version: int, place: int, count: int) -> int:
+    """Which of `count` phrasings states the fact at `place` of a page in one of its versions.
+
+    Version 0 alone uses phrasing 0. The next count - 1 versions use each other phrasing once; the
+    ones after them pair the phrasings anew, so that (count - 1)**2 paraphrases are distinct.
+    """
+    if version == 0:
+        return 0
+    turn, number = divmod(version - 1, count - 1)
+    return 1 + (number + turn * place) % (count - 1)
+
+
 def render(
-    world: World, entity: Entity, page: int, rng: random.Random, asides: float, phrasing: int
+    world: World, entity: Entity, page: int, rng: random.Random, asides: float, version: int
 ) -> Page:
-    """Write one page; distinct `phrasing` numbers give every fact a distinct sentence.
+    """Write one page; its versions differ in their sentences or in what stands beside what.
 
     asides: the probability that the page also says something about a bystander.
     """
@@ -95,7 +107,8 @@ def render(
         order = list(relation.stated)
         # The order of phrasings is the entity's own, so a paraphrase repeats none of them.
         random.Random(f"{world.seed}/phrasing/{entity.slug}/{relation.name}").shuffle(order)
-        template = order[phrasing % len(order)]
+        place = entity.pages[page].index(relation)
+        template = order[_phrasing(version, place, len(order))]
         misleading = bool(aside) and len(sentences) > position
         subject = entity.called if position == 0 else _reference(entity, misleading, rng)
         opening = rng.choice(entity.kind.openings) if position == opened else ""

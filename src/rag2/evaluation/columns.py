@@ -1,6 +1,7 @@
 """The columns of tables of arms, and what a table of the report is."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -40,8 +41,18 @@ def _seconds(seconds: float) -> str:
     return f"{seconds:.1f}"
 
 
-def _count(number: int) -> str:
-    return f"{number:,}"
+def _count(number: float) -> str:
+    return f"{number:,.0f}"
+
+
+def significant(number: float) -> str:
+    """Three digits that count, and what they are multiplied by: 12.3 M."""
+    power = min(5, max(0, int(math.log10(abs(number)) // 3))) if number else 0
+    return f"{number / 1000**power:.3g} {' kMGTP'[power]}".rstrip()
+
+
+def _latency(found: Mapping[str, float]) -> str:
+    return f"{found['p50']:.1f} / {found['p95']:.1f}"
 
 
 def gain(share: float) -> str:
@@ -74,6 +85,11 @@ COST = (
     Column("eval tokens", "eval_tokens", _count),
     Column("peak memory in training", "peak_memory_bytes", _mebibytes),
     Column("trained parameters", "trained_parameters", _count),
+    Column("train tokens", "train_tokens", _count),
+    Column("bytes to ship", "ship_bytes", significant),
+    Column("FLOPs a question", "inference_flops", significant),
+    Column("ms a question, p50 / p95", "latency_ms", _latency),
+    Column("s for a new document", "document_seconds", significant),
 )
 
 

@@ -8,6 +8,7 @@ et al. 2022, appendix F, without the softmax. An encoder's token attends to all 
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from torch import nn
@@ -19,7 +20,7 @@ from rag2.retrieval import Dense, Gold, Lexical, Random, Retriever
 from rag2.types import Question
 
 
-def cost_of(model: nn.Module, head: nn.Module | None = None) -> Cost | None:
+def cost_of(model: Any, head: nn.Module | None = None) -> Cost | None:
     """What a token costs a transformer whose weights are all read for it; None for experts.
 
     An adapter's matrices count beside those they stand by; `head` makes the logits.

@@ -2,6 +2,7 @@
 
 import json
 import textwrap
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -42,9 +43,7 @@ def advise(
         raise UserError(f"--alpha {alpha}: a p value between 0 and 1")
     path = results / "results.json" if results.is_dir() else results
     table = files.read_file(path, str(results))
-    config = path.parent / "config.yaml"
-    made_by = f"rag2 eval compare -c {config if config.is_file() else 'CONFIG.yaml'}"
-    answers = advice.advise(table, made_by, alpha)
+    answers = advice.advise(table, f"rag2 eval compare -c {_made_with(path.parent)}", alpha)
     if as_json:
         rows = [answer.row() for answer in answers]
         head = {"format": advice.FORMAT, "results": str(path), "task": table["task"]}
@@ -53,6 +52,17 @@ def advise(
     typer.echo(f"{table['task']}: {table['n']} questions, {len(table['arms'])} arms ({path})")
     for number, answer in enumerate(answers, 1):
         typer.echo(f"\n{number}. {answer.title}\n" + _written(answer))
+
+
+def _made_with(directory: Path) -> str:
+    """The settings of the comparison that wrote there, or what stands for them."""
+    from rag2 import config
+
+    saved = directory / "config.yaml"
+    with suppress(UserError):
+        if saved.is_file() and "generators" in config.read(saved):
+            return str(saved)
+    return "CONFIG.yaml"
 
 
 def _written(answer: "Answer") -> str:

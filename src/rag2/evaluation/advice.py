@@ -4,18 +4,27 @@ Every number is a cell of the table or a formula of cells, and goes with the ans
 threshold here. What the table does not hold is said with the command that would measure it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from rag2.evaluation.columns import significant
+from rag2.evaluation.columns import significant, three
 from rag2.evaluation.contrasts import CONTROLS
-from rag2.evaluation.figures import Answer, Cells, Figure, Missing, three
+from rag2.evaluation.figures import Answer, Cells, Figure, Missing
 from rag2.evaluation.verdict import Results, percent, points
 
 FORMAT = "rag2.advice/1"
 DAY = Figure(86400.0, "86400")
-# What an arm pays besides being wrong; the front is over those that any arm has a number for.
-COSTS = ("train_seconds", "ship_bytes", "inference_flops", "latency_ms.p50")
+# What an arm pays besides being wrong: to train, to ship, to run. By the clock two arms that do the
+# same differ a little, so that latency, and memory, are told and no reason to be on the front.
+COSTS = ("train_seconds", "ship_bytes", "inference_flops")
+BESIDE = ("peak_memory_bytes", "latency_ms.p50")
+FORMS: dict[str, tuple[Callable[[float], str], str]] = {
+    "train_seconds": (three, "s of training"),
+    "ship_bytes": (lambda count: significant(count, "B"), "to ship"),
+    "inference_flops": (lambda count: significant(count, "FLOP"), "a question"),
+    "peak_memory_bytes": (lambda count: significant(count, "B"), "of memory to train"),
+    "latency_ms.p50": (three, "ms a question"),
+}
 
 
 def advise(results: Results, compare: str, alpha: float | None = None) -> list[Answer]:
@@ -73,7 +82,8 @@ class Table(Cells):
         if not without:
             return []
         setting = ["latency=20"] if key.startswith("latency_ms") else []
-        return [self.wants(f"{key} of {', '.join(without)}", *setting)]
+        whose = "any arm" if set(without) == set(self.names) else ", ".join(without)
+        return [self.wants(f"{key} of {whose}", *setting)]
 
 
 def stability(table: Table) -> Answer:
@@ -94,11 +104,13 @@ def stability(table: Table) -> Answer:
     if reader is None or trained is None:
         return answer
     takes, again = table.cell(reader, "document_seconds"), table.cell(trained, "document_seconds")
-    shares = [answer.show(table.cell(n, "accuracy"), percent) for n in (reader, trained)]
+    right, other = (
+        answer.show(table.cell(name, "accuracy"), percent) for name in (reader, trained)
+    )
     answer.sentences.append(
-        f"{reader} takes in a new document in {answer.show(takes, three)} s; {trained} is trained "
-        f"again for {answer.show(again, three)} s, for any number of documents (accuracy "
-        f"{shares[0]} against {shares[1]})."
+        f"{reader} (accuracy {right}) takes in a new document in {answer.show(takes, three)} s; "
+        f"{trained} ({other}) is trained again for {answer.show(again, three)} s, however many "
+        "documents changed."
     )
     if again.value <= takes.value:
         answer.sentences.append(
@@ -131,28 +143,22 @@ def resources(table: Table) -> Answer:
     """What each arm costs, and which are beaten in accuracy and every cost by another."""
     answer = Answer("resources", "Which resources are there?")
     keys = [key for key in COSTS if table.known(table.names, key)]
-    for key in COSTS:
+    for key in (*COSTS, "latency_ms.p50"):
         answer.missing += table.lacks(table.names, key)
     placed = [n for n in table.names if all(n in table.known(table.names, k) for k in keys)]
     if not keys or not placed:
         return answer
     beaten = {name: by for name in placed if (by := beater(table, name, placed, keys))}
-    costs = [
-        f"{name} {answer.show(table.cell(name, 'accuracy'), percent)} for "
-        + ", ".join(_cost(answer, table.cell(name, key), key) for key in keys)
-        for name in table.best(placed)
-        if name not in beaten
-    ]
-    against = " and ".join([", ".join(keys[:-1]), keys[-1]] if len(keys) > 1 else keys)
-    answer.sentences.append(f"No arm is better in accuracy, {against} at once than these:")
-    answer.sentences.append(f"{'; '.join(costs)}.")
-    for name, by in beaten.items():
-        shown = answer.show(table.cell(name, "accuracy"), percent)
-        answer.sentences.append(
-            f"{name} ({shown}, "
-            + ", ".join(_cost(answer, table.cell(name, key), key) for key in keys)
-            + f") is nowhere better than {by} and somewhere worse."
-        )
+    front = [name for name in table.best(placed) if name not in beaten]
+    answer.sentences.append(
+        f"None is at least as good as one of these in accuracy, {_listed(keys)} and better in "
+        "one of them: "
+        + "; ".join(_costs(table, answer, name, (*keys, *BESIDE)) for name in front)
+        + "."
+    )
+    for by in dict.fromkeys(beaten.values()):
+        worse = [_costs(table, answer, name, keys) for name in beaten if beaten[name] == by]
+        answer.sentences.append(f"{by} is as good as these or better in all: {'; '.join(worse)}.")
     return answer
 
 
@@ -170,15 +176,13 @@ def beater(table: Table, name: str, names: Sequence[str], keys: Sequence[str]) -
     return None
 
 
-def _cost(answer: Answer, figure: Figure, key: str) -> str:
-    forms = {
-        "train_seconds": (three, "s of training"),
-        "ship_bytes": (significant, "bytes to ship"),
-        "inference_flops": (significant, "operations a question"),
-        "latency_ms.p50": (three, "ms a question"),
-    }
-    form, unit = forms[key]
-    return f"{answer.show(figure, form)} {unit}"
+def _costs(table: Table, answer: Answer, name: str, keys: Sequence[str]) -> str:
+    shown = [f"{name} {answer.show(table.cell(name, 'accuracy'), percent)}"]
+    for key in keys:
+        figure, (form, unit) = table(name, key), FORMS[key]
+        if figure is not None:
+            shown.append(f"{answer.show(figure, form)} {unit}")
+    return ", ".join(shown)
 
 
 def updates(table: Table) -> Answer:
@@ -191,12 +195,12 @@ def updates(table: Table) -> Answer:
         answer.missing.append(table.wants_arms("an arm that can learn", "ft", "frozen_rag"))
     order = sorted(known, key=lambda name: known[name].value)
     for names, how in (
-        ([n for n in order if n in table.readers], "by adding it to the index"),
-        ([n for n in order if n in table.trained], "by a whole run of training"),
+        (table.readers, "A new document can be found after"),
+        (table.trained, "Into these it gets by a whole run of training alone"),
     ):
-        if names:
-            told = ", ".join(_pace(answer, name, known[name]) for name in names)
-            answer.sentences.append(f"A new document is known {how} after: {told}.")
+        told = [_pace(answer, name, known[name]) for name in order if name in names]
+        if told:
+            answer.sentences.append(f"{how}: {', '.join(told)}.")
     if table.untrained and answer.sentences:
         answer.sentences.append(f"{_listed(table.untrained)} cannot take one in.")
     return answer
@@ -254,26 +258,34 @@ def performance(table: Table, alpha: float | None) -> Answer:
             return answer
     top = order[0]
     shown = answer.show(table.cell(top, "accuracy"), percent)
-    answer.sentences.append(f"{top} answers most questions right, {shown}.")
     tests = {name: _test(table, top, name) for name in order[1:]}
+    answer.sentences.append(f"{top} answers most questions right, {shown}{'.' * (not tests)}")
     for name in order[1:2]:
-        second, test = answer.show(table.cell(name, "accuracy"), percent), tests[name]
-        gap = table.cell(top, "accuracy") - table.cell(name, "accuracy")
-        lead = (
-            f"{answer.show(gap, points)} points ahead of {name} ({second})"
-            if gap.value
-            else f"no more than {name} ({second})"
-        )
-        if test is None:
-            answer.missing.append(table.wants(f"a paired test of {top} and {name}"))
-            answer.sentences.append(f"That is {lead}.")
-        else:
-            p = answer.show(test, lambda value: f"{value:.2g}")
-            answer.sentences.append(f"That is {lead}, paired test p = {p} (Holm).")
+        answer.sentences[-1] += _lead(table, answer, top, name, tests[name])
     if alpha is not None and tests:
         answer.sentences.append(_told_apart(answer, top, tests, alpha))
     answer.sentences += _forgotten(table, answer, order[:2])
     return answer
+
+
+def _lead(table: Table, answer: Answer, top: str, name: str, test: Figure | None) -> str:
+    """How far the best arm is ahead of the next one, and how likely that is by chance."""
+    second = table.cell(name, "accuracy")
+    gap = table.cell(top, "accuracy") - second
+    shown = answer.show(second, percent)
+    lead = (
+        f"{answer.show(gap, lambda share: f'{100 * share:.1f}')} points more than {name} ({shown})"
+        if gap.value
+        else f"no more than {name} ({shown})"
+    )
+    if test is None:
+        answer.missing.append(table.wants(f"a paired test of {top} and {name}"))
+        return f", {lead}."
+    return f", {lead}; paired test, adjusted for all pairs: p = {answer.show(test, _p)}."
+
+
+def _p(value: float) -> str:
+    return f"{value:.2g}"
 
 
 def _told_apart(answer: Answer, top: str, tests: Mapping[str, Figure | None], alpha: float) -> str:
@@ -281,7 +293,7 @@ def _told_apart(answer: Answer, top: str, tests: Mapping[str, Figure | None], al
     tied = [(name, test) for name, test in tests.items() if test and test.value >= alpha]
     if not tied:
         return f"At {level} no tested arm is level with it."
-    named = ", ".join(f"{n} (p = {answer.show(t, lambda v: f'{v:.2g}')})" for n, t in tied)
+    named = ", ".join(f"{n} (p = {answer.show(t, _p)})" for n, t in tied)
     return f"At {level} these are not told apart from {top}: {named}."
 
 

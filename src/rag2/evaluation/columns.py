@@ -5,6 +5,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from rag2.evaluation.verdict import Results, interval, percent
 
 
@@ -45,10 +47,19 @@ def _count(number: float) -> str:
     return f"{number:,.0f}"
 
 
-def significant(number: float) -> str:
+def three(number: float) -> str:
+    """Three digits that count, never with an exponent: 0.0452, 1,230."""
+    rounded = float(f"{number:.3g}")
+    if abs(rounded) >= 100:
+        return f"{rounded:,.0f}"
+    return np.format_float_positional(rounded, trim="-")
+
+
+def significant(number: float, unit: str = "") -> str:
     """Three digits that count, and what they are multiplied by: 12.3 M."""
-    power = min(5, max(0, int(math.log10(abs(number)) // 3))) if number else 0
-    return f"{number / 1000**power:.3g} {' kMGTP'[power]}".rstrip()
+    rounded = float(f"{number:.3g}")
+    power = min(6, int(math.log10(rounded) // 3)) if rounded >= 1000 else 0
+    return f"{rounded / 1000**power:g} {' kMGTPE'[power].strip()}{unit}".rstrip()
 
 
 def _latency(found: Mapping[str, float]) -> str:
@@ -89,7 +100,7 @@ COST = (
     Column("bytes to ship", "ship_bytes", significant),
     Column("FLOPs a question", "inference_flops", significant),
     Column("ms a question, p50 / p95", "latency_ms", _latency),
-    Column("s for a new document", "document_seconds", significant),
+    Column("s for a new document", "document_seconds", three),
 )
 
 

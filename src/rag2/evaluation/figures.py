@@ -99,8 +99,3 @@ class Answer:
             "figures": self.figures,
             "missing": [missing._asdict() for missing in self.missing],
         }
-
-
-def three(number: float) -> str:
-    """Three digits that count, never with an exponent: 0.0452, 1,230."""
-    return f"{float(f'{number:.3g}'):,.12g}"

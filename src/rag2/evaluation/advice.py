@@ -11,6 +11,7 @@ from rag2.evaluation.columns import significant, three
 from rag2.evaluation.contrasts import CONTROLS
 from rag2.evaluation.figures import Answer, Cells, Figure, Missing
 from rag2.evaluation.verdict import Results, percent, points
+from rag2.registry import UserError
 
 FORMAT = "rag2.advice/1"
 DAY = Figure(86400.0, "86400")
@@ -31,8 +32,14 @@ def advise(results: Results, compare: str, alpha: float | None = None) -> list[A
     """The five answers; `compare` is the command that made the table, without its last settings.
 
     `alpha` is the p value below which the reader calls two arms different; None: that is left open.
+    Raises UserError where there is no arm to choose, or one without an accuracy.
     """
     table = Table(results, compare)
+    if not table.names:
+        raise UserError(f"there is no arm to choose: only controls ({', '.join(table.arms)})")
+    for name in table.names:
+        if table(name, "accuracy") is None:
+            raise UserError(f"arm {name} has no accuracy")
     return [stability(table), resources(table), updates(table), verifiability(table)] + [
         performance(table, alpha)
     ]

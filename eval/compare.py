@@ -20,7 +20,7 @@ from pydantic import Field
 from rich.console import Console
 
 from rag2 import config, pipeline
-from rag2.evaluation import arms, files, place, report, score, select, trial
+from rag2.evaluation import arms, files, latency, place, report, score, select, trial
 from rag2.evaluation.arms import Arm
 from rag2.evaluation.environment import environment
 from rag2.evaluation.outcome import ArmResult
@@ -63,6 +63,8 @@ class CompareConfig(pipeline.Inputs):
     readings: list[Reading] = Field(default=["marginal"], min_length=1)
     """marginal: each chunk alone, mixed by p(k|q); concat: the best k in one prompt. Of several,
     validation chooses, and all are reported"""
+    latency: int = Field(default=0, ge=0)
+    """test questions that each arm answers one at a time, to time it; 0: none"""
     metrics: list[trial.Metric] = []
     """mutual_info, debiased: measured besides, at the cost of further prompts"""
     shots: Shots = Shots()
@@ -145,7 +147,30 @@ def evaluate(
     ):
         parts = pool.map(lambda name: run(name, advance), generators)
         done = {name: result for part in parts for name, result in part.items()}
+    for name, arm in chosen.items():
+        done[name] = replace(done[name], **systems.serving(arm, done[name]))
+    if cfg.latency:
+        done |= timed(chosen, done, sets.test[: cfg.latency], systems)
     return [done[name] for name in chosen]
+
+
+def timed(
+    chosen: dict[str, Arm],
+    done: dict[str, ArmResult],
+    questions: Sequence[Question],
+    systems: Systems,
+) -> dict[str, ArmResult]:
+    """The results with the latency of each arm, measured while nothing else runs."""
+    found = {}
+    with progress("latency", total=len(chosen)) as advance:
+        for generator in {arm.generator for arm in chosen.values()}:
+            with systems.reader(generator) as reader:
+                for name in (name for name, arm in chosen.items() if arm.generator == generator):
+                    retriever = systems.retriever(chosen[name].retriever)
+                    took = latency.milliseconds(questions, retriever, reader, done[name].choice)
+                    found[name] = replace(done[name], latency_ms=took)
+                    advance()
+    return found
 
 
 def read_questions(cfg: CompareConfig) -> QuestionSets:

@@ -3,12 +3,14 @@
 import logging
 import re
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from typing import Protocol, Self
 
 import numpy as np
+import pyarrow as pa
 
 from rag2.index.exact import TorchExact
-from rag2.index.generation import Generation
+from rag2.index.generation import Generation, table_of
 from rag2.kb.lexical import BM25
 from rag2.registry import UserError
 from rag2.retriever.embed import embed_corpus
@@ -45,6 +47,16 @@ class Dense:
         queries_QD = embed_corpus(self.encoder, [q.question for q in questions], side="question")
         scores_QK, ids_QK = self.generation.index.search(queries_QD, k)
         return scores_QK * float(self.encoder.scale.detach()), ids_QK
+
+    def added(self, chunks: Sequence[Chunk]) -> "Dense":
+        """Over these chunks too, of higher ids; they alone are encoded, by the encoder of now."""
+        old = self.generation
+        new_MD = embed_corpus(self.encoder, [chunk.passage for chunk in chunks])
+        vectors_ND = np.concatenate([old.index.vectors(np.arange(len(old))), new_MD])
+        ids_N = np.concatenate([old.ids_N, np.array([chunk.id for chunk in chunks], np.int64)])
+        index = TorchExact().build(vectors_ND, ids_N)
+        table = pa.concat_tables([old.chunks, table_of(chunks)])
+        return Dense(self.encoder, replace(old, index=index, chunks=table, encoded=len(chunks)))
 
 
 class Lexical:

@@ -12,7 +12,9 @@ from typing import Any
 import torch
 
 from rag2 import artifact
+from rag2.evaluation import intake, operations, shipping
 from rag2.evaluation.arms import GENERATORS, Arm, Reader
+from rag2.evaluation.outcome import ArmResult
 from rag2.generator.load import Generator
 from rag2.generator.prompt import Prompt
 from rag2.kb.lexical import BM25
@@ -20,7 +22,7 @@ from rag2.kb.store import KnowledgeBase
 from rag2.registry import UserError
 from rag2.retrieval import Dense, Gold, Lexical, Random, Retriever, gold_chunks
 from rag2.retriever.encoder import DualEncoder, EncoderConfig
-from rag2.training.log import train_memory, train_seconds
+from rag2.training.log import train_memory, train_seconds, train_tokens
 from rag2.types import Question
 
 # the stage that trains a dense retriever
@@ -68,6 +70,7 @@ class Systems:
         self.by_id = {chunk.id: chunk for chunk in self.chunks}
         self.gold = gold_chunks(questions, self.chunks)
         self._retrievers: dict[str, Retriever] = {}
+        self._seconds: dict[str, float | None] = {}
         self._loading = threading.Lock()
 
     def lacks(self, arm: Arm) -> str | None:
@@ -100,10 +103,11 @@ class Systems:
         return self._retrievers[name]
 
     def cost(self, arm: Arm) -> dict[str, Any]:
-        """What training adds to the base: seconds, weights that learned, and the peak memory.
+        """What training adds to the base: seconds, tokens, weights that learned, the peak memory.
 
         The weights are those of the arm's own two halves; the time is that of every run behind
-        them. None where a part does not come from a run of rag2, so that nobody knows.
+        them. None where a part does not come from a run of rag2, so that nobody knows, and for
+        the tokens where a run did not count them.
         """
         halves: dict[str, Path | None] = {}
         if arm.generator != "base":
@@ -116,13 +120,41 @@ class Systems:
         if {arm.generator, arm.retriever} & {"joint", "sft"} and "warm" in self.parts.retrievers:
             runs.append(run_of(self.parts.retrievers["warm"]))  # both start from the warm start
         if None in runs:
-            return {"train_seconds": None, "trained_parameters": None, "peak_memory_bytes": None}
+            keys = ("train_seconds", "train_tokens", "trained_parameters", "peak_memory_bytes")
+            return dict.fromkeys(keys)
         known = sorted({run for run in runs if run})
+        tokens = list(map(train_tokens, known))
         return {
             "train_seconds": sum(map(train_seconds, known)),
+            "train_tokens": None if None in tokens else sum(filter(None, tokens)),
             "trained_parameters": sum(_trained(run)[half] for half, run in halves.items() if run),
             "peak_memory_bytes": max(filter(None, map(train_memory, known)), default=None),
         }
+
+    def serving(self, arm: Arm, result: ArmResult) -> dict[str, Any]:
+        """What the arm costs where it serves: bytes, operations, seconds for a new document.
+
+        An arm that validation lets read no chunk is its generator alone: nothing new gets into that
+        but by training it again.
+        """
+        names = self.parts.generators
+        weights = shipping.generator_bytes(names[arm.generator], names.get("base", ""))
+        if not (result.k and arm.retriever):
+            again = self.cost(Arm(arm.generator))["train_seconds"]
+            return {"ship_bytes": weights, "document_seconds": again or None}
+        retriever = self._retrievers[arm.retriever]
+        search = operations.of_search(retriever, result.questions)
+        return {
+            "ship_bytes": _sum(weights, shipping.retriever_bytes(retriever, self.chunks)),
+            "inference_flops": _sum(result.inference_flops, search),
+            "document_seconds": self._intake(arm.retriever),
+        }
+
+    def _intake(self, name: str) -> float | None:
+        """Seconds for a new document with this retriever, measured once."""
+        if name not in self._seconds:
+            self._seconds[name] = intake.document_seconds(self.parts.kb, self._retrievers[name])
+        return self._seconds[name]
 
     @cached_property
     def _bm25(self) -> BM25:
@@ -153,6 +185,12 @@ def _verified(path: str) -> str:
     if run_of(path):
         artifact.verify(Path(path).parent, kind="system")
     return path
+
+
+def _sum(*parts: float | None) -> float | None:
+    """The sum, or None where a part is not known."""
+    known = [part for part in parts if part is not None]
+    return sum(known) if len(known) == len(parts) else None
 
 
 def _trained(run: Path) -> dict[str, int]:

@@ -8,6 +8,7 @@ import typer
 from typer.exceptions import TyperException
 
 from rag2 import __version__
+from rag2.cli.advise import advise
 from rag2.cli.kb import commands as kb_commands
 from rag2.cli.recipes import groups, run_recipe
 from rag2.cli.terminal import SETTINGS, status
@@ -15,6 +16,7 @@ from rag2.registry import UserError
 
 app = typer.Typer(**SETTINGS)
 app.add_typer(kb_commands, name="kb")
+app.command()(advise)
 for _group, _commands in groups():
     app.add_typer(_commands, name=_group)
 
@@ -50,6 +52,7 @@ def root(
       rag2 kb build docs.sqlite docs/*.md
       rag2 train joint -c configs/demo/joint.yaml steps=60 out=runs/joint
       rag2 eval compare -c configs/demo/compare.yaml out=runs/compare
+      rag2 advise runs/compare
       rag2 sweep -c configs/demo/compare.yaml seed,world.seed=0,1,2 out=runs/seeds
     """
     if version:

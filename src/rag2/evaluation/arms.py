@@ -6,13 +6,15 @@ Letters: Q questions, K retrieved chunks, C choices.
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 from scipy.special import softmax
 
-from rag2.evaluation import score
+from rag2.evaluation import operations, score
 from rag2.evaluation.score import Floats, Ints, Scores
 from rag2.evaluation.select import Choice
+from rag2.evaluation.workload import Cost
 from rag2.generator.choices import Encoded, encode_choices
 from rag2.generator.exact import exact_choices
 from rag2.generator.load import Generator
@@ -88,6 +90,8 @@ class Reader:
     """time of reading a prompt: of what was read together, a share by its tokens"""
     dropped: dict[Key, int] = field(default_factory=dict)
     """prompts whose budget had no room for some of their chunks, and for how many"""
+    flops: dict[Key, int] = field(default_factory=dict)
+    """operations of a prompt and its choices (see `operations`), empty where nobody knows"""
 
     def read(self, items: Sequence[Item]) -> None:
         """Score every prompt that is not known yet."""
@@ -110,6 +114,19 @@ class Reader:
         self.known.update(zip(todo, scored, strict=True))
         self.tokens.update(zip(todo, tokens, strict=True))
         self.seconds.update(zip(todo, (pace * count for count in tokens), strict=True))
+        if self.cost:
+            self.flops.update(zip(todo, operations.of_prompts(encoded, self.cost), strict=True))
+
+    @cached_property
+    def cost(self) -> Cost | None:
+        """What a token costs the generator; None where that is not known."""
+        model = self.generator.model
+        return operations.cost_of(model, model.get_output_embeddings())
+
+    def forget(self) -> None:
+        """Read every prompt anew from here on."""
+        for memory in (self.known, self.tokens, self.seconds, self.dropped, self.flops):
+            memory.clear()
 
     def unconditional(self, questions: Sequence[Question]) -> Floats:
         """log p(choice) in nats after no context at all [Q, C], for mutual information."""

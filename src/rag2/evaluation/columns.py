@@ -1,8 +1,11 @@
 """The columns of tables of arms, and what a table of the report is."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from rag2.evaluation.verdict import Results, interval, percent
 
@@ -40,8 +43,27 @@ def _seconds(seconds: float) -> str:
     return f"{seconds:.1f}"
 
 
-def _count(number: int) -> str:
-    return f"{number:,}"
+def _count(number: float) -> str:
+    return f"{number:,.0f}"
+
+
+def three(number: float) -> str:
+    """Three digits that count, never with an exponent: 0.0452, 1,230."""
+    rounded = float(f"{number:.3g}")
+    if abs(rounded) >= 100:
+        return f"{rounded:,.0f}"
+    return np.format_float_positional(rounded, trim="-")
+
+
+def significant(number: float, unit: str = "") -> str:
+    """Three digits that count, and what they are multiplied by: 12.3 M."""
+    rounded = float(f"{number:.3g}")
+    power = min(6, int(math.log10(rounded) // 3)) if rounded >= 1000 else 0
+    return f"{rounded / 1000**power:g} {' kMGTPE'[power].strip()}{unit}".rstrip()
+
+
+def _latency(found: Mapping[str, float]) -> str:
+    return f"{found['p50']:.1f} / {found['p95']:.1f}"
 
 
 def gain(share: float) -> str:
@@ -74,6 +96,11 @@ COST = (
     Column("eval tokens", "eval_tokens", _count),
     Column("peak memory in training", "peak_memory_bytes", _mebibytes),
     Column("trained parameters", "trained_parameters", _count),
+    Column("train tokens", "train_tokens", _count),
+    Column("bytes to ship", "ship_bytes", significant),
+    Column("FLOPs a question", "inference_flops", significant),
+    Column("ms a question, p50 / p95", "latency_ms", _latency),
+    Column("s for a new document", "document_seconds", three),
 )
 
 

@@ -20,14 +20,20 @@ KEYS = {"task", "n", "seed", "arms", "paired", "k_selection", "environment"}
 
 def read_results(directory: Path) -> Results:
     """results.json of a directory; raises UserError if there is none or it is another format."""
-    path = directory / "results.json"
     if not directory.is_dir():
         beside = [p.name for p in directory.parent.iterdir()] if directory.parent.is_dir() else []
         raise UserError(
             f"results={str(directory)!r} is not a directory.{nearest(directory.name, beside)}"
         )
+    return read_file(directory / "results.json", f"results={str(directory)!r}")
+
+
+def read_file(path: Path, given: str) -> Results:
+    """The same from the file itself; `given` is what the user called its directory."""
     if not path.is_file():
-        raise UserError(f"results={str(directory)!r}: there is no results.json in it")
+        there = path.parent.is_dir() and path.name == "results.json"
+        what = "there is no results.json in it" if there else "there is no such file or directory"
+        raise UserError(f"{given}: {what}")
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:

@@ -2,7 +2,7 @@
 
 import re
 
-from rag2.evaluation.columns import ARMS, cell
+from rag2.evaluation.columns import ARMS, COST, cell, table_of_arms
 from rag2.evaluation.contrasts import CONTROLS
 from rag2.evaluation.verdict import Results, interval, verdict
 
@@ -17,7 +17,10 @@ ESCAPES = {
 
 
 def latex(results: Results) -> str:
-    r"""A table for \usepackage{booktabs}: accuracy with interval, K, recall@1; best arm in bold."""
+    r"""Tables for \usepackage{booktabs}: accuracy with interval, K, recall@1; what each arm cost.
+
+    The best arm is in bold.
+    """
     arms = results["arms"]
     best = max(
         (arm["accuracy"] for name, arm in arms.items() if name not in CONTROLS), default=None
@@ -41,6 +44,27 @@ def latex(results: Results) -> str:
 Arm & Accuracy & $K$ & Recall@1 \\
 \midrule
 {rows}
+\bottomrule
+\end{{tabular}}
+\end{{table}}
+{_costs(results)}"""
+
+
+def _costs(results: Results) -> str:
+    """What each arm cost, its columns those that any arm has a number for."""
+    table = table_of_arms(results, COST)
+    words = [[*map(_dash, map(escaped, row))] for row in (table.header, *table.rows)]
+    head, *rows = (f"{' & '.join(row)} \\\\" for row in words)
+    body = "\n".join(rows)
+    return rf"""\begin{{table}}
+\centering
+\caption{{Cost of each arm.}}
+\footnotesize
+\begin{{tabular}}{{l{"r" * (len(table.header) - 1)}}}
+\toprule
+{head}
+\midrule
+{body}
 \bottomrule
 \end{{tabular}}
 \end{{table}}

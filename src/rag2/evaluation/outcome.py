@@ -13,6 +13,8 @@ from rag2.evaluation.score import Bools, Floats, Ints, Scores
 from rag2.evaluation.select import Choice, Oracle
 from rag2.types import Question, Retrieved
 
+WARM = 3  # questions asked before the first whose time counts
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ArmResult:
@@ -26,6 +28,7 @@ class ArmResult:
     without any context, `debiased_Q` which questions are right when the choices take turns at every
     place; None where not asked for.
     `dropped_chunks` counts those the prompt had no room for, which were then not read.
+    The costs are those of docs/advice.md, None where not known; `latency_ms` has each question's.
     `choice` (validation) and `oracle` (test, hindsight) are None for arms that chose nothing;
     `by_k` has every K and reading with what validation would choose for it; `readings` the best of
     each reading with its accuracies on other question sets.
@@ -58,6 +61,11 @@ class ArmResult:
     eval_tokens: int | None = None
     peak_memory_bytes: int | None = None
     trained_parameters: int | None = 0
+    train_tokens: float | None = None
+    ship_bytes: float | None = None
+    inference_flops: float | None = None
+    document_seconds: float | None = None
+    latency_ms: tuple[float, ...] = ()
     dropped_chunks: int = 0
 
     def __post_init__(self) -> None:
@@ -128,6 +136,14 @@ class ArmResult:
         """Share of questions answered right."""
         return float(np.mean(self.correct))
 
+    @property
+    def latency(self) -> dict[str, float] | None:
+        """Median and 95th percentile in ms, of how many questions, after how many; None if none."""
+        if not self.latency_ms:
+            return None
+        p50, p95 = np.percentile(self.latency_ms, [50, 95])
+        return {"p50": float(p50), "p95": float(p95), "n": len(self.latency_ms), "warmup": WARM}
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AtK:
@@ -173,6 +189,7 @@ def pool(runs: Sequence[ArmResult]) -> ArmResult:
         return None if None in values else sum(values)
 
     means = ("recall_at_1", "recall_at_k", "control_accuracy", "two_hop_accuracy")
+    means += ("train_seconds", "eval_seconds", "train_tokens", "ship_bytes", "inference_flops")
     return replace(
         runs[0],
         questions=tuple(itertools.chain.from_iterable(run.questions for run in runs)),
@@ -186,8 +203,9 @@ def pool(runs: Sequence[ArmResult]) -> ArmResult:
         retrieved=tuple(itertools.chain.from_iterable(run.retrieved for run in runs)),
         reading=same("reading") or "mixed",
         **{key: same(key) for key in ("k", "temperature", "choice", "oracle")},
-        **{key: mean(key) for key in (*means, "train_seconds", "eval_seconds")},
+        **{key: mean(key) for key in (*means, "document_seconds")},
         **{key: total(key) for key in ("eval_tokens", "dropped_chunks")},
         peak_memory_bytes=most("peak_memory_bytes"),
+        latency_ms=tuple(itertools.chain.from_iterable(run.latency_ms for run in runs)),
         asked_beside=dict(sum((Counter(run.asked_beside) for run in runs), Counter())),
     )

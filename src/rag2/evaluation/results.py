@@ -60,10 +60,10 @@ def summarize(
 def strip_times(results: Any) -> Any:
     """A copy without what a clock or the machine's memory said, so that runs compare equal.
 
-    That is every key that ends in `_seconds`, and `peak_memory_bytes`.
+    That is every key that ends in `_seconds`, `latency_ms` and `peak_memory_bytes`.
     """
     if isinstance(results, Mapping):
-        measured = ("_seconds", "peak_memory_bytes")
+        measured = ("_seconds", "latency_ms", "peak_memory_bytes")
         return {key: strip_times(results[key]) for key in results if not key.endswith(measured)}
     return [strip_times(item) for item in results] if isinstance(results, list) else results
 
@@ -97,6 +97,11 @@ def _arm(arm: ArmResult, groups: Sequence[str], base: ArmResult | None) -> dict[
         "eval_tokens": arm.eval_tokens,
         "peak_memory_bytes": arm.peak_memory_bytes,
         "trained_parameters": arm.trained_parameters,
+        "train_tokens": arm.train_tokens,
+        "ship_bytes": arm.ship_bytes,
+        "inference_flops": arm.inference_flops,
+        "latency_ms": arm.latency,
+        "document_seconds": arm.document_seconds,
         "dropped_chunks": arm.dropped_chunks,
     }
 

@@ -244,7 +244,9 @@ def _cost(results: Results) -> Section:
     note = (
         "Wall-clock seconds; training includes every stage an arm needs beyond the base. "
         "Evaluation: tokens and reading time of the prompts that the test questions are answered "
-        "from, without those that only chose K, and without retrieval."
+        "from, without those that only chose K, and without retrieval. Bytes to ship are what the "
+        "base lacks; operations are counted by formula; a closed book takes a document in by its "
+        "whole training again. docs/advice.md defines each."
     )
     return Section("Cost", (table_of_arms(results, COST), note))
 

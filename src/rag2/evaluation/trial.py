@@ -89,7 +89,7 @@ def run(
         facts["debiased_Q"] = picks_Q == score.answers(sets.test)
     ids_QK = scored["test"].ids_QK
     right = [frozenset(gold.get(question.id, ())) for question in sets.test]
-    prompts = _prompts(sets.test, ids_QK, choice)
+    keys = prompts(sets.test, ids_QK, choice)
     return ArmResult.of(
         name,
         sets.test,
@@ -101,9 +101,10 @@ def run(
         retriever=arm.retriever,
         recall_at_1=score.recall_at(ids_QK, right, 1) if arm.retriever else None,
         recall_at_k=score.recall_at(ids_QK, right, choice.k) if choice else None,
-        dropped_chunks=sum(reader.dropped.get(prompt, 0) for prompt in prompts),
-        eval_tokens=sum(reader.tokens[prompt] for prompt in prompts),
-        eval_seconds=sum(reader.seconds[prompt] for prompt in prompts),
+        dropped_chunks=sum(reader.dropped.get(key, 0) for key in keys),
+        eval_tokens=sum(reader.tokens[key] for key in keys),
+        eval_seconds=sum(reader.seconds[key] for key in keys),
+        inference_flops=_flops(reader, keys, len(sets.test)),
         asked_beside={part: len(getattr(sets, part)) for part in ("control", "two_hop")},
         **_beside(sets, scored, choice),
         **facts,
@@ -171,7 +172,13 @@ def _read(scores: Scores, choice: Choice) -> score.Floats:
     return score.read(scores, choice.reading, choice.k, choice.temperature)
 
 
-def _prompts(questions: Sequence[Question], ids_QK: score.Ints, choice: Choice | None) -> list[Key]:
+def _flops(reader: Reader, keys: Sequence[Key], questions: int) -> float | None:
+    """Mean operations of reading for a question; what was read once for several counts for each."""
+    known = [reader.flops.get(key) for key in keys]
+    return None if None in known else sum(filter(None, known)) / questions
+
+
+def prompts(questions: Sequence[Question], ids_QK: score.Ints, choice: Choice | None) -> list[Key]:
     """What the arm reads to answer the questions, of all that was scored to choose its K."""
     keys: list[Key] = []
     k = choice.k if choice else 0

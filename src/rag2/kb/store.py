@@ -9,11 +9,11 @@ import hashlib
 import json
 import sqlite3
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, Self
 
-from rag2.kb.chunk import Chunker
+from rag2.kb.chunk import Chunker, TokenChunker
 from rag2.registry import UserError
 from rag2.types import Chunk, Document
 
@@ -178,6 +178,33 @@ class KnowledgeBase:
             " ORDER BY score DESC, rowid LIMIT ?",
             (match, k),
         ).fetchall()
+
+    def chunks_of(self, document: str) -> list[Chunk]:
+        """The live chunks of a document, ordered by id; none where there is no such document."""
+        query = f"{CHUNK} WHERE document = ? AND {LIVE} ORDER BY id"
+        return [Chunk(*row) for row in self._db.execute(query, (document,))]
+
+    def chunker(self, tokenizer: Path) -> TokenChunker | None:
+        """The chunker that cut the documents; None if there is none yet or its tokenizer is gone.
+
+        A tokenizer that was moved is looked for at `tokenizer`; only the same one will do.
+        """
+        stored = self._meta("chunker")
+        if stored is None:
+            return None
+        chunker = TokenChunker.model_validate_json(stored)
+        for found in (chunker, chunker.model_copy(update={"tokenizer": str(tokenizer)})):
+            try:
+                if found.fingerprint == self._meta("chunker_fingerprint"):
+                    return found
+            except UserError:  # it names no tokenizer that is there
+                continue
+        return None
+
+    def copy(self, path: Path) -> None:
+        """Write all of it, its last changes included, to a new file."""
+        with closing(sqlite3.connect(path)) as target:
+            self._db.backup(target)
 
     def content_hash(self) -> str:
         """SHA-256 over the live documents and chunks, whatever their history, ids and order."""

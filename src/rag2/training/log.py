@@ -111,6 +111,15 @@ def train_memory(directory: Path) -> int | None:
     return max((line.get("peak_memory_bytes", 0) for line in lines), default=0) or None
 
 
+def train_tokens(directory: Path) -> int | None:
+    """Tokens that the steps of a run had read by its end, from its log; None where it keeps none.
+
+    `tokens` of a line counts from the first step on.
+    """
+    counts = [json.loads(line).get("tokens") for line in _lines(directory / "log.jsonl")]
+    return None if not counts or None in counts else counts[-1]
+
+
 def peak_memory() -> int:
     """The most memory this process has held at once, in bytes: the GPU's, where it uses one."""
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():

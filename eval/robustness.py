@@ -23,6 +23,7 @@ from rich.console import Console
 from rag2 import config, pipeline
 from rag2.evaluation import arms, counterfactual, files, perplexity, place, robustness, select
 from rag2.evaluation import robustness_inputs as inputs
+from rag2.evaluation import robustness_numbers as numbers
 from rag2.evaluation import robustness_report as report
 from rag2.evaluation.arms import Arm
 from rag2.evaluation.contrasts import CONTROLS
@@ -121,17 +122,12 @@ def main(cfg: RobustnessConfig) -> dict[str, Any]:
         asked = Asked(**{key: getattr(asked, key) for key in SETS}, edits=edits)
         rules = Rules(cfg.ks, cfg.readings, cfg.target_precision, cfg.max_new_tokens, given)
         measured, surprise = evaluate(cfg, chosen, asked, texts, systems, rules)
-        summary = report.summarize(
-            task=cfg.world.name
-            if cfg.world and not cfg.questions
-            else Path(cfg.questions or "").stem,
-            measured=measured,
-            surprise=surprise,
-            seed=cfg.seed,
-        )
+        task = Path(cfg.questions).stem if cfg.questions else cfg.world and cfg.world.name
+        summary = numbers.summarize(str(task), measured, surprise, cfg.seed)
         summary |= {
             "n": {key: len(getattr(asked, key)) for key in SETS},
             "texts": {name: len(rows) for name, rows in texts.items()},
+            "edited": len(edits),
             "no_edit": uneditable,
             "left_out": left_out | lacking | _lacking(asked),
             "environment": environment(),

@@ -4,12 +4,11 @@ Letters: Q questions, K retrieved chunks, C choices.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from rag2.evaluation import arms, confidence, score, select, stats
+from rag2.evaluation import arms, confidence, score, select
 from rag2.evaluation.arms import Arm, Found, Reader
 from rag2.evaluation.confidence import Threshold
 from rag2.evaluation.counterfactual import Edit, edited_found
@@ -66,7 +65,11 @@ class Answers:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Measured:
-    """One arm's answers by set, and what was made of them; `flags` are yes or no per item."""
+    """One arm's answers by set, and what was made of them.
+
+    `flags` are yes or no per question (of the rewordings: per fact), the same ones for every arm;
+    `edits` are those per edited question that the arm had answered right.
+    """
 
     name: str
     arm: Arm
@@ -74,7 +77,7 @@ class Measured:
     threshold: Threshold
     answers: Mapping[str, Answers]
     flags: Mapping[str, Bools]
-    edits: Mapping[str, Any] | None
+    edits: Mapping[str, Bools]
 
 
 def measure(
@@ -204,94 +207,18 @@ def _edited(
     retriever: Retriever | None,
     reader: Reader,
     choice: Choice,
-) -> dict[str, Any] | None:
+) -> dict[str, Bools]:
     """Where the answers to questions that were right before went when the corpus changed."""
     if not edits:
-        return None
+        return {}
     row_of = {question.id: row for row, question in enumerate(test.questions)}
     rows = [row_of[edit.question.id] for edit in edits]
     before = Found(test.found.scores_QK[rows], test.found.ids_QK[rows])
     after, touched_Q = edited_found(edits, before, retriever)
     questions = [edit.question for edit in edits]
     picks_Q = read(questions, after, reader, choice).picks_Q
-    right_Q = test.right_Q[rows]
-    targets_Q = np.array([edit.target for edit in edits])
-    followed_Q, stuck_Q = picks_Q == targets_Q, picks_Q == score.answers(questions)
+    followed_Q = picks_Q == np.array([edit.target for edit in edits])
+    stuck_Q = picks_Q == score.answers(questions)
     kinds = {"followed": followed_Q, "stuck": stuck_Q, "other": ~followed_Q & ~stuck_Q}
-    return {
-        "edited": len(edits),
-        "right_before": int(right_Q.sum()),
-        "edit_read": rate(touched_Q[right_Q]),
-        **{kind: rate(flag_Q[right_Q]) for kind, flag_Q in kinds.items()},
-        "followed_where_read": rate(followed_Q[right_Q & touched_Q]),
-    }
-
-
-def rate(flags_Q: Bools) -> dict[str, Any] | None:
-    """A share with its count, n and Wilson's 95 % interval; None of nothing."""
-    count, n = int(flags_Q.sum()), len(flags_Q)
-    if not n:
-        return None
-    return {"rate": count / n, "count": count, "n": n, "ci95": list(stats.wilson(count, n))}
-
-
-def summarize(measured: Measured, base: Measured | None, seed: int) -> dict[str, Any]:
-    """The arm's numbers as plain JSON types; differences are to `base`, paired by question."""
-
-    def share(flag: str) -> dict[str, Any] | None:
-        flags_Q = measured.flags.get(flag)
-        counted = None if flags_Q is None else rate(flags_Q)
-        if counted and flags_Q is not None and base is not None and base is not measured:
-            row = asdict(stats.paired(flags_Q, base.flags[flag], seed=seed))
-            counted["to_base"] = row | {"ci95": list(row["ci95"])}
-        return counted
-
-    test, choice = measured.answers["test"], measured.choice
-    answered_Q = measured.flags["answered"]
-    return {
-        "generator": measured.arm.generator,
-        "retriever": measured.arm.retriever,
-        "reading": choice.reading if measured.arm.retriever else "closed",
-        "k": choice.k,
-        "temperature": choice.temperature,
-        "accuracy": share("test"),
-        "control": share("control"),
-        "abstention": {
-            "threshold": asdict(measured.threshold),
-            "coverage": share("answered"),
-            "selective_accuracy": rate(test.right_Q[answered_Q]),
-            "confident_wrong": share("confident_wrong"),
-            "absent_abstained": share("abstained"),
-            "absent_confident_wrong": share("absent_confident_wrong"),
-            "auroc_right": _auroc(
-                test.confidence_Q[test.right_Q], test.confidence_Q[~test.right_Q], seed
-            ),
-            "auroc_answerable": _auroc(
-                test.confidence_Q, measured.answers["absent"].confidence_Q, seed
-            )
-            if "absent" in measured.answers
-            else None,
-            "calibration_error": {
-                "value": confidence.calibration_error(test.confidence_Q, test.right_Q),
-                "ci95": list(
-                    confidence.calibration_interval(test.confidence_Q, test.right_Q, seed)
-                ),
-                "n": len(test.right_Q),
-            },
-        },
-        "consistency": {"same_choice": share("consistent"), "all_right": share("all_right")},
-        "format": {
-            "a_choice": share("wrote_choice"),
-            "a_value": share("wrote_value"),
-            "right": share("wrote_right"),
-        },
-        "faithfulness": measured.edits,
-    }
-
-
-def _auroc(upper: Floats, lower: Floats, seed: int) -> dict[str, Any] | None:
-    value = confidence.auroc(upper, lower)
-    interval = confidence.auroc_interval(upper, lower, seed)
-    if value is None or interval is None:
-        return None
-    return {"value": value, "ci95": list(interval), "n": [len(upper), len(lower)]}
+    right_Q = test.right_Q[rows]
+    return {kind: flags_Q[right_Q] for kind, flags_Q in {**kinds, "edit_read": touched_Q}.items()}

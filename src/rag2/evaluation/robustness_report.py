@@ -1,4 +1,4 @@
-"""Measured arms -> robustness.json, robustness.md and the table on the terminal."""
+"""Numbers of robustness.json -> that file, robustness.md and the table on the terminal."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -8,22 +8,18 @@ from typing import Any
 from rich.table import Table
 
 from rag2 import artifact
-from rag2.evaluation import perplexity, robustness
-from rag2.evaluation.perplexity import Perplexity
 from rag2.evaluation.results import tidy
-from rag2.evaluation.robustness import Measured
 from rag2.evaluation.verdict import interval, percent, points
 
-FORMAT = "rag2.robustness/1"
-KINDS = ("unrelated", "held_out", "paraphrases")
 Row = Mapping[str, Any]
 # Heading, place in an arm's numbers, how it is written.
 Column = tuple[str, tuple[str, ...], Callable[[Row], str]]
 
 
 def _rate(row: Row) -> str:
-    change = f", {points(row['to_base']['difference'])}" if "to_base" in row else ""
-    return f"{percent(row['rate'])} {interval(row['ci95'])}{change} (n {row['n']})"
+    change = row.get("to_base")
+    more = change and f", {points(change['difference'])} {interval(change['ci95'], points)}"
+    return f"{percent(row['rate'])} {interval(row['ci95'])}{more or ''} (n {row['n']})"
 
 
 def _number(row: Row) -> str:
@@ -33,8 +29,10 @@ def _number(row: Row) -> str:
 def _nats(row: Row) -> str:
     bounds = row["ci95"] and f" {interval(row['ci95'], lambda x: f'{x:.3f}')}"
     change = row.get("to_base")
-    more = f", {change['difference']:+.3f}" if change else ""
-    return f"{row['per_token']:.3f}{bounds or ''}{more}; {row['per_word']:.2f}"
+    more = change and f", {change['difference']:+.3f}"
+    if change and change["ci95"]:
+        more = f"{more} {interval(change['ci95'], lambda x: f'{x:+.3f}')}"
+    return f"{row['per_token']:.3f}{bounds or ''}{more or ''}; {row['per_word']:.2f}"
 
 
 def _threshold(row: Row) -> str:
@@ -115,28 +113,6 @@ BRIEF = (
 )
 
 
-def summarize(
-    task: str,
-    measured: Sequence[Measured],
-    surprise: Mapping[str, Mapping[str, Perplexity]],
-    seed: int,
-) -> dict[str, Any]:
-    """The arms' numbers; differences are to arm `base` where it was run.
-
-    `surprise` is the perplexity on each kind of text, by generator.
-    """
-    base = next((arm for arm in measured if arm.name == "base"), None)
-    before = surprise.get("base", {}) if base else {}
-    numbers = {}
-    for arm in measured:
-        own = surprise[arm.arm.generator]
-        first = {} if arm.arm.generator == "base" else before
-        numbers[arm.name] = robustness.summarize(arm, base, seed) | {
-            "perplexity": {kind: _text(own[kind], first.get(kind), seed) for kind in own}
-        }
-    return {"format": FORMAT, "task": task, "seed": seed, "arms": numbers}
-
-
 def write(directory: Path, results: Row) -> None:
     """Write robustness.md and, last, robustness.json into an existing directory."""
     artifact.replace(directory / "robustness.md", markdown(results))
@@ -189,23 +165,6 @@ def terminal_table(results: Row) -> Table:
             ),
         )
     return table
-
-
-def _text(after: Perplexity, before: Perplexity | None, seed: int) -> dict[str, Any]:
-    bounds = after.intervals(seed)
-    row: dict[str, Any] = {
-        "per_token": after.per_token,
-        "ci95": bounds["per_token"],
-        "per_word": after.per_word,
-        "per_word_ci95": bounds["per_word"],
-        "perplexity": after.perplexity,
-        "n": len(after.nats_Q),
-        "tokens": int(after.tokens_Q.sum()),
-        "words": int(after.words_Q.sum()),
-    }
-    if before is not None:
-        row["to_base"] = perplexity.difference(after, before, seed)
-    return row
 
 
 def _at(row: Any, path: Sequence[str]) -> Any:

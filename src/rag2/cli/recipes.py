@@ -57,6 +57,10 @@ RECIPES = {
             "Write the report of a comparison again, from its files.",
             "configs/demo/report.yaml results=runs/compare",
         ),
+        "robustness": (
+            "Measure forgetting, abstention, style and faithfulness of every arm.",
+            "configs/demo/robustness.yaml out=runs/robustness",
+        ),
         "refresh": (
             "Time joint training with no re-index, a sync and an async one.",
             "configs/demo/refresh.yaml out=runs/refresh",

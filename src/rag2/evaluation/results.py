@@ -54,7 +54,7 @@ def summarize(
             str(key): {arm.name: {"accuracy": arm.accuracy, "k": arm.k} for arm in runs}
             for key, runs in by_seed.items()
         }
-    return _tidy(results)
+    return tidy(results)
 
 
 def strip_times(results: Any) -> Any:
@@ -174,15 +174,15 @@ def _k_selection(arms: Sequence[ArmResult]) -> dict[str, Any]:
     }
 
 
-def _tidy(value: Any) -> Any:
+def tidy(value: Any) -> Any:
     """Plain JSON types; floats to six significant digits, so that noise in the last bits is not
     a difference between two runs; NaN and infinity, which JSON does not have, as null."""
     if isinstance(value, Mapping):
-        return {str(key): _tidy(item) for key, item in value.items()}
+        return {str(key): tidy(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_tidy(item) for item in value]
+        return [tidy(item) for item in value]
     if isinstance(value, np.generic):
-        return _tidy(value.item())
+        return tidy(value.item())
     if isinstance(value, float):
         return float(f"{value:.6g}") if np.isfinite(value) else None
     return value

@@ -73,6 +73,30 @@ def bootstrap_mean(
     return float(low), float(high)
 
 
+def bootstrap_ratio(
+    above_Q: NDArray[np.floating],
+    below_Q: NDArray[np.floating],
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> tuple[float, float] | None:
+    """The 95 % percentile interval of sum(above) / sum(below) over pairs drawn with replacement.
+
+    None for a single pair, which says nothing about others.
+    """
+    assert above_Q.shape == below_Q.shape and above_Q.ndim == 1, (above_Q.shape, below_Q.shape)
+    count = len(above_Q)
+    if count < 2:
+        return None
+    rng = np.random.default_rng(seed)
+    ratios = []
+    for start in range(0, resamples, 500):  # bounds the draws in memory
+        size = min(500, resamples - start)
+        draws = rng.multinomial(count, np.full(count, 1 / count), size=size)
+        ratios.append((draws @ above_Q) / (draws @ below_Q))
+    low, high = np.percentile(np.concatenate(ratios), [2.5, 97.5])
+    return float(low), float(high)
+
+
 def paired(a_Q: Bools, b_Q: Bools, resamples: int = RESAMPLES, seed: int = 0) -> Paired:
     """Compare two arms question by question: difference, bootstrap interval, exact McNemar."""
     assert a_Q.shape == b_Q.shape and a_Q.ndim == 1, (a_Q.shape, b_Q.shape)

@@ -93,6 +93,11 @@ class KnowledgeBase:
         """Number of the last change; 0 before the first."""
         return self._db.execute("SELECT coalesce(max(version), 0) FROM changes").fetchone()[0]
 
+    @property
+    def chunker_fingerprint(self) -> str | None:
+        """The fingerprint of what cut the chunks in the file; None before the first document."""
+        return self._meta("chunker_fingerprint")
+
     def add(self, documents: Iterable[Document], chunker: Chunker) -> int:
         """Add documents as one version, all or none; returns the number of their chunks.
 

@@ -10,6 +10,7 @@ import json
 import random
 from collections.abc import Iterable, Iterator
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -45,13 +46,14 @@ class Almanac(Config):
     pretrain_rows: StrictInt = Field(default=18_000, ge=0)
 
     def write(self, directory: Path) -> None:
-        """Write the world's six JSONL files into `directory`, which is made if missing."""
+        """Write the world's seven JSONL files into `directory`, which is made if missing."""
         directory.mkdir(parents=True, exist_ok=True)
         _write(directory / "documents.jsonl", self.documents())
         _write(directory / "paraphrases.jsonl", self.paraphrase_rows())
         _write(directory / "questions.jsonl", self.questions())
         _write(directory / "control.jsonl", self.control())
         _write(directory / "two_hop.jsonl", self.two_hop_questions())
+        _write(directory / "absent.jsonl", self.absent())
         _write(directory / "pretrain.jsonl", self.pretrain())
 
     @property
@@ -187,6 +189,46 @@ class Almanac(Config):
                     "evidence": [],
                     "metadata": {"entity": "", "relation": "everyday", "wording": "seen"},
                 }
+
+    def absent(self) -> Iterator[Row]:
+        """As many test questions again, on entities that no document mentions.
+
+        Their right answers are facts that nobody wrote down: nothing but chance finds one.
+        """
+        for entity in facts.strangers(self.world, self.test):
+            for relation in entity.kind.relations:
+                rng = random.Random(f"{self.world.seed}/absent/{entity.slug}/{relation.name}")
+                for wording, text in self._wordings(entity, relation, rng):
+                    row = self._question(entity, relation, wording, text)
+                    yield row | {"evidence": []}
+
+    def rewordings(self) -> Iterator[Row]:
+        """Every test fact in all its seen wordings, which share their choices and `fact`."""
+        for entity in self.world.entities:
+            for relation in entity.kind.relations if entity.split == "test" else ():
+                rows = [self._question(entity, relation, "seen", t) for t in relation.asked]
+                same = {"choices": rows[0]["choices"], "answer": rows[0]["answer"]}
+                fact = {"fact": f"{entity.slug}.{relation.name}"}
+                for row in rows:
+                    row["metadata"] |= fact
+                    yield row | same | {"id": f"reworded/{row['id']}"}
+
+    def unrelated(self, count: int) -> Iterator[Row]:
+        """Texts as the base was pretrained on, of worlds that no training text is about."""
+        seed = f"{self.world.seed}/unrelated"
+        rows = pretrain.rows(2 * count, seed, self.world.parts, self.pretrain_asides)
+        texts = ({"title": r["title"], "text": r["text"]} for r in rows if r["text"])
+        return islice(texts, count)
+
+    def held_out(self, count: int) -> Iterator[Row]:
+        """Documents in the corpus's phrasings, of another world that no training text is about."""
+        sizes = {"test": -(-count // 4)}  # four documents an entity
+        other = facts.build(f"{self.world.seed}/held-out", sizes, self.world.parts)
+        pages = [(entity, page) for entity in other.entities for page in range(len(entity.pages))]
+        for entity, page in pages[:count]:
+            rng = random.Random(f"{other.seed}/page/{entity.slug}/{page}")
+            text = prose.render(other, entity, page, rng, self.asides, 0).text
+            yield {"title": entity.name, "text": text}
 
     def pretrain(self) -> Iterator[Row]:
         """The base's training sequences: other worlds, seen wordings, everyday facts."""

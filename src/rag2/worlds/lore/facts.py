@@ -130,3 +130,20 @@ def build(seed: str, sizes: Mapping[str, int], avoid: Iterable[str] = ()) -> Wor
                 name = names.name(kind, key)
                 world.entities.append(_entity(kind, name, split, towns, f"{seed}/facts/{key}"))
     return world
+
+
+def strangers(world: World, count: int) -> list[Entity]:
+    """`count` further entities, spread evenly over the kinds, that no text of the world mentions.
+
+    No word of their names occurs in the world's; the towns they refer to are those of its test
+    split, so that a question about one offers the same answers as a question about the world.
+    """
+    seed = f"{world.seed}/strangers"
+    names = Names(seed, ORDINARY.union(world.parts))
+    found = []
+    for kind in KINDS:
+        for number in range(KINDS.index(kind), count, len(KINDS)):
+            key = f"{kind.name}/{number}"
+            name, towns = names.name(kind, key), world.values(TOWN, "test")
+            found.append(_entity(kind, name, "test", towns, f"{seed}/facts/{key}"))
+    return found

@@ -11,20 +11,21 @@ from typing import Any
 
 import torch
 
-from rag2 import artifact
+from rag2 import artifact, config
 from rag2.evaluation.arms import GENERATORS, Arm, Reader
 from rag2.generator.load import Generator
 from rag2.generator.prompt import Prompt
 from rag2.kb.lexical import BM25
 from rag2.kb.store import KnowledgeBase
 from rag2.registry import UserError
-from rag2.retrieval import Dense, Gold, Lexical, Random, Retriever, gold_chunks
+from rag2.retrieval import Dense, Fused, Gold, Lexical, Random, Retriever, gold_chunks
 from rag2.retriever.encoder import DualEncoder, EncoderConfig
 from rag2.training.log import train_memory, train_seconds
 from rag2.types import Question
 
 # the stage that trains a dense retriever
 TRAINED_BY = {"warm": "retriever", "joint": "joint"}
+HOLDS = {"hybrid": "warm"}  # a retriever that is made from a trained one
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,11 +77,10 @@ class Systems:
             return f"its generator: set generators={{{arm.generator}: PATH}}"
         if arm.retriever == "gold" and not any(self.gold.values()):
             return "evidence: no question names a gold_chunk or a document of the corpus"
-        given = arm.retriever in self.parts.retrievers or (
-            arm.retriever == "warm" and self.parts.encoder
-        )
-        if arm.retriever in TRAINED_BY and not given:
-            return f"its retriever: set retrievers={{{arm.retriever}: PATH}}"
+        trained = trained_retriever(arm)
+        given = trained in self.parts.retrievers or (trained == "warm" and self.parts.encoder)
+        if trained and not given:
+            return f"its retriever: set retrievers={{{trained}: PATH}}"
         return None
 
     @contextmanager
@@ -99,30 +99,42 @@ class Systems:
             self._retrievers[name] = self._make(name)
         return self._retrievers[name]
 
-    def cost(self, arm: Arm) -> dict[str, Any]:
+    def cost(self, *arms: Arm) -> dict[str, Any]:
         """What training adds to the base: seconds, weights that learned, and the peak memory.
 
-        The weights are those of the arm's own two halves; the time is that of every run behind
-        them. None where a part does not come from a run of rag2, so that nobody knows.
+        The weights are those of the two halves of the arm (of a hybrid: of its members, each
+        once); the time is that of every run behind them. None where a part does not come from a
+        run of rag2, so that nobody knows.
         """
-        halves: dict[str, Path | None] = {}
-        if arm.generator != "base":
-            halves["generator"] = run_of(self.parts.generators[arm.generator])
-        if arm.retriever in TRAINED_BY:
-            given = self.parts.encoder and arm.retriever == "warm"
-            path = self.parts.retrievers.get(str(arm.retriever), "")
-            halves["retriever"] = None if given else run_of(path)
+        halves = {half: run for arm in arms for half, run in self._halves(arm).items()}
         runs = list(halves.values())
-        if {arm.generator, arm.retriever} & {"joint", "sft"} and "warm" in self.parts.retrievers:
+        parts = {part for arm in arms for part in (arm.generator, arm.retriever)}
+        if parts & {"joint", "sft"} and "warm" in self.parts.retrievers:
             runs.append(run_of(self.parts.retrievers["warm"]))  # both start from the warm start
+        if "staged" in parts:
+            runs += _log_behind(run_of(self.parts.generators["staged"]))
         if None in runs:
             return {"train_seconds": None, "trained_parameters": None, "peak_memory_bytes": None}
         known = sorted({run for run in runs if run})
         return {
             "train_seconds": sum(map(train_seconds, known)),
-            "trained_parameters": sum(_trained(run)[half] for half, run in halves.items() if run),
+            "trained_parameters": sum(
+                _trained(run)[half] for (half, _), run in halves.items() if run
+            ),
             "peak_memory_bytes": max(filter(None, map(train_memory, known)), default=None),
         }
+
+    def _halves(self, arm: Arm) -> dict[tuple[str, str], Path | None]:
+        """(half, its name) -> the run that trained it, None where nobody knows."""
+        halves: dict[tuple[str, str], Path | None] = {}
+        if arm.generator != "base":
+            path = self.parts.generators[arm.generator]
+            halves["generator", arm.generator] = run_of(path)
+        if trained := trained_retriever(arm):
+            given = self.parts.encoder and trained == "warm"
+            path = self.parts.retrievers.get(trained, "")
+            halves["retriever", trained] = None if given else run_of(path)
+        return halves
 
     @cached_property
     def _bm25(self) -> BM25:
@@ -131,6 +143,9 @@ class Systems:
     def _make(self, name: str) -> Retriever:
         if name == "bm25":
             return Lexical(self._bm25)
+        if name == "hybrid":
+            searched = [self.retriever(part) for part in (HOLDS[name], "bm25")]
+            return Fused(*filter(None, searched), count=len(self.chunks))
         if name == "random":
             return Random([chunk.id for chunk in self.chunks], self.seed)
         if name == "gold":
@@ -142,10 +157,24 @@ class Systems:
         return Dense.over(encoder.to(self.device).eval(), self.chunks)
 
 
+def trained_retriever(arm: Arm) -> str | None:
+    """The trained retriever that an arm searches with, alone or beside another; None without."""
+    name = HOLDS.get(str(arm.retriever), arm.retriever)
+    return name if name in TRAINED_BY else None
+
+
 def run_of(path: str) -> Path | None:
     """The run directory that committed a generator or retriever; None for one from elsewhere."""
     final = Path(path).parent
     return final.parent if (final / artifact.MANIFEST).is_file() else None
+
+
+def _log_behind(run: Path | None) -> list[Path]:
+    """The run that made the log of questions a generator was trained on; none of one from use."""
+    if run is None or not (run / "config.yaml").is_file():
+        return []
+    log = run_of(str(config.read(run / "config.yaml").get("questions") or ""))
+    return [log] if log else []
 
 
 def _verified(path: str) -> str:

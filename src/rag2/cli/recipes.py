@@ -23,6 +23,10 @@ RECIPES = {
             "Fine-tune the generator alone, fully or by adapter.",
             "configs/demo/finetune.yaml tuning.name=lora steps=20 out=runs/lora",
         ),
+        "logged": (
+            "Let frozen RAG answer training questions, to fine-tune on what it said.",
+            "configs/demo/logged.yaml confidence=0.8 out=runs/logged",
+        ),
         "joint": (
             "Train retriever and generator together.",
             "configs/demo/joint.yaml steps=60 refresh.every=15 out=runs/joint",

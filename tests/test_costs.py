@@ -9,7 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from rag2.artifact import committing
-from rag2.evaluation.arms import arm
+from rag2.evaluation.arms import arm, members
 from rag2.evaluation.workload import Cost
 from rag2.generator.load import build_llama
 from rag2.generator.prompt import Prompt
@@ -52,6 +52,7 @@ def test_operations_agree_with_those_that_torch_counts(seed):
 
 # name of the run -> weights of the retriever, of the generator, seconds of each of two steps
 RUNS = {"warm": (1, 0, 100.0), "ft": (0, 10, 200.0), "sft": (0, 20, 400.0), "joint": (5, 50, 800.0)}
+RUNS |= {"staged": (0, 30, 1600.0), "logged": (0, 0, 3200.0)}
 
 
 def run(folder: Path, name: str) -> Path:
@@ -73,7 +74,9 @@ def systems(tmp_path: Path) -> Systems:
     with KnowledgeBase(tmp_path / "kb.sqlite", create=True):
         pass
     final = {name: run(tmp_path, name) for name in RUNS}
-    generators = {name: str(final[name] / "generator") for name in ("ft", "sft", "joint")}
+    generators = {name: str(final[name] / "generator") for name in ("ft", "sft", "joint", "staged")}
+    log = tmp_path / "logged" / "final" / "questions.jsonl"
+    (tmp_path / "staged" / "config.yaml").write_text(f"questions: {log}\n")
     parts = Parts(
         tmp_path / "kb.sqlite",
         {"base": str(tmp_path / "base"), **generators},
@@ -89,7 +92,11 @@ def systems(tmp_path: Path) -> Systems:
         ("bm25_rag", 0, 0),
         ("ft", 10, 400),
         ("frozen_rag", 1, 200),
+        ("hybrid_rag", 1, 200),
         ("ft_rag", 10 + 1, 400 + 200),
+        ("staged", 30 + 1, 3200 + 6400 + 200),  # the log that it learned from took time, too
+        ("ensemble", 10 + 1, 400 + 200),  # its two members
+        ("router", 1, 200),
         ("sft_rag", 20 + 1, 800 + 200),
         ("joint", 50 + 5, 1600 + 200),  # both halves are of one run, which took its time once
         ("warm_joint", 50 + 1, 1600 + 200),  # of a joint run only the half that the arm has
@@ -99,7 +106,7 @@ def systems(tmp_path: Path) -> Systems:
 def test_an_arm_costs_the_weights_of_its_own_halves_and_every_run_behind_them_once(
     systems: Systems, name: str, weights: int, seconds: int
 ):
-    cost = systems.cost(arm(name))
+    cost = systems.cost(*members(name).values())
     assert (cost["trained_parameters"], cost["train_seconds"]) == (weights, seconds)
 
 

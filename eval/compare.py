@@ -5,8 +5,8 @@
     rag2 eval compare kb=KB questions=FILE generators='{base: PATH, ft: PATH}' \\
         retrievers='{warm: PATH}' out=runs/own
 
-Every arm is a generator and a retriever; prompt, scoring and the choice of reading, K and
-temperature on validation questions are the same for all.
+Every arm is a generator and a retriever, or a hybrid of two arms; prompt, scoring and the choice
+of reading, K and temperature on validation questions are the same for all.
 """
 
 from collections import Counter
@@ -20,19 +20,29 @@ from pydantic import Field
 from rich.console import Console
 
 from rag2 import config, pipeline
-from rag2.evaluation import arms, files, latency, place, report, score, select, trial
-from rag2.evaluation.arms import Arm
+from rag2.evaluation import (
+    arms,
+    combined,
+    files,
+    latency,
+    place,
+    report,
+    score,
+    select,
+    trial,
+)
 from rag2.evaluation.environment import environment
+from rag2.evaluation.hybrids import HYBRIDS
 from rag2.evaluation.outcome import ArmResult
 from rag2.evaluation.questions import load_questions, split, with_choices
 from rag2.evaluation.results import summarize
 from rag2.evaluation.score import Reading
 from rag2.evaluation.shots import Shots
-from rag2.evaluation.trial import QuestionSets, Rules
+from rag2.evaluation.trial import QuestionSets, Rules, Trial
 from rag2.generator.prompt import Prompt
 from rag2.registry import UserError, nearest
 from rag2.retriever.encoder import EncoderConfig
-from rag2.systems import TRAINED_BY, Parts, Systems
+from rag2.systems import TRAINED_BY, Parts, Systems, trained_retriever
 from rag2.training import distributed
 from rag2.training.log import Advance, progress
 from rag2.types import Question
@@ -45,7 +55,8 @@ class CompareConfig(pipeline.Inputs):
     """directory of the report; the systems are found or made in `home`"""
     seed: int = Field(default=0, ge=0, lt=2**63)
     arms: list[str] | None = Field(default=None, min_length=1)
-    """null: every arm whose parts are given or made by the world, and majority"""
+    """null: every arm whose parts are given or made by the world, and majority; `staged`, which
+    first answers a log of questions, if it is named here or its generator is given"""
     kb: str | None = None
     """knowledge base file"""
     questions: str | None = None
@@ -95,7 +106,7 @@ def main(cfg: CompareConfig) -> dict:
             f"allowed: 0 to {len(systems.chunks)}"
         )
     chosen, left_out = choose_arms(cfg, sets, systems)
-    needed = {stage for arm in chosen.values() for stage in stages(cfg, arm)}
+    needed = stages(cfg, chosen)
     if needed:
         pipeline.ensure(cfg, needed)
 
@@ -118,57 +129,67 @@ def main(cfg: CompareConfig) -> dict:
 
 
 def evaluate(
-    cfg: CompareConfig, chosen: dict[str, Arm], sets: QuestionSets, systems: Systems
+    cfg: CompareConfig, chosen: Sequence[str], sets: QuestionSets, systems: Systems
 ) -> list[ArmResult]:
-    """Every arm; those with one generator share what it has read, others run side by side."""
+    """Every arm; those with one generator share what it has read, others run side by side.
+
+    A hybrid's members are tried too, shown or not, and it reads nothing besides.
+    """
+    single = arms.members(*chosen)
     rules = Rules(cfg.ks, cfg.readings, cfg.metrics)
     found = {
         name: trial.search(arm, systems.retriever(arm.retriever), sets, rules)
-        for name, arm in chosen.items()
+        for name, arm in single.items()
     }
     torch.set_num_threads(1)
 
-    def run(generator: str, advance: Advance) -> dict[str, ArmResult]:
+    def run(generator: str, advance: Advance) -> dict[str, Trial]:
         done = {}
         with systems.reader(generator) as reader:
-            for name, arm in chosen.items():
+            for name, arm in single.items():
                 if arm.generator == generator:
-                    result = trial.run(
+                    done[name] = trial.attempt(
                         name, arm, sets, found[name], reader, rules, systems.gold, advance
                     )
-                    done[name] = replace(result, **systems.cost(arm))
         return done
 
-    counts = Counter(arm.generator for arm in chosen.values())
+    counts = Counter(arm.generator for arm in single.values())
     generators = [name for name, _ in counts.most_common()]
     with (
-        progress("evaluate", total=len(chosen) * len(sets.all())) as advance,
+        progress("evaluate", total=len(single) * len(sets.all())) as advance,
         ThreadPoolExecutor(cfg.jobs) as pool,
     ):
         parts = pool.map(lambda name: run(name, advance), generators)
-        done = {name: result for part in parts for name, result in part.items()}
-    for name, arm in chosen.items():
-        done[name] = replace(done[name], **systems.serving(arm, done[name]))
+        done = {name: tried for part in parts for name, tried in part.items()}
+
+    def result(name: str) -> ArmResult:
+        if name not in HYBRIDS:
+            return done[name].result
+        hybrid = HYBRIDS[name]
+        return combined.run(name, hybrid, sets, *(done[part] for part in hybrid.members))
+
+    results = {}
+    for name in chosen:
+        parts, bare = list(arms.members(name).values()), result(name)
+        results[name] = replace(bare, **systems.cost(*parts), **systems.serving(parts, bare))
     if cfg.latency:
-        done |= timed(chosen, done, sets.test[: cfg.latency], systems)
-    return [done[name] for name in chosen]
+        results |= timed(results, sets.test[: cfg.latency], systems)
+    return [results[name] for name in chosen]
 
 
 def timed(
-    chosen: dict[str, Arm],
-    done: dict[str, ArmResult],
-    questions: Sequence[Question],
-    systems: Systems,
+    results: dict[str, ArmResult], questions: Sequence[Question], systems: Systems
 ) -> dict[str, ArmResult]:
-    """The results with the latency of each arm, measured while nothing else runs."""
+    """The results with the latency of each arm but the hybrids, while nothing else runs."""
+    single = {name: arms.arm(name) for name in results if name not in HYBRIDS}
     found = {}
-    with progress("latency", total=len(chosen)) as advance:
-        for generator in {arm.generator for arm in chosen.values()}:
+    with progress("latency", total=len(single)) as advance:
+        for generator in {arm.generator for arm in single.values()}:
             with systems.reader(generator) as reader:
-                for name in (name for name, arm in chosen.items() if arm.generator == generator):
-                    retriever = systems.retriever(chosen[name].retriever)
-                    took = latency.milliseconds(questions, retriever, reader, done[name].choice)
-                    found[name] = replace(done[name], latency_ms=took)
+                for name in (name for name, arm in single.items() if arm.generator == generator):
+                    retriever = systems.retriever(single[name].retriever)
+                    took = latency.milliseconds(questions, retriever, reader, results[name].choice)
+                    found[name] = replace(results[name], latency_ms=took)
                     advance()
     return found
 
@@ -200,36 +221,40 @@ def parts(cfg: CompareConfig) -> Parts:
 
 def choose_arms(
     cfg: CompareConfig, sets: QuestionSets, systems: Systems
-) -> tuple[dict[str, Arm], dict[str, str]]:
-    """The arms to run, and what the others lack, where none was asked for by name.
+) -> tuple[list[str], dict[str, str]]:
+    """The arms to run, by name, and what the others lack, where none was asked for by name.
 
     Raises UserError for an arm that was, and lacks a part, or validation questions.
     """
-    asked = [name for name in cfg.arms or arms.ARMS if name != "majority"]
-    chosen, left_out = {}, {}
+    usual = [n for n in arms.NAMES if n not in arms.ON_REQUEST or n in cfg.generators]
+    asked = [name for name in cfg.arms or usual if name != "majority"]
+    chosen, left_out = [], {}
     for name in asked:
-        arm = arms.arm(name)
-        lacking = systems.lacks(arm)
-        if arm.retriever and arm.retriever != "gold" and not sets.validation:
+        members = arms.members(name).values()
+        lacking = next(filter(None, map(systems.lacks, members)), None)
+        if any(a.retriever not in (None, "gold") for a in members) and not sets.validation:
             lacking = "validation questions: K is chosen on those of split validation"
         if lacking and cfg.arms:
             raise UserError(f"arm {name} lacks {lacking}")
         if lacking:
             left_out[name] = lacking
         else:
-            chosen[name] = arm
+            chosen.append(name)
     if not chosen:
         raise UserError("there is no arm to run: give generators={base: PATH}, or a world")
     return chosen, left_out
 
 
-def stages(cfg: CompareConfig, arm: Arm) -> set[str]:
-    """The stages of the world that make what the arm needs and nobody gave."""
+def stages(cfg: CompareConfig, chosen: Sequence[str]) -> set[str]:
+    """The stages of the world that make what the arms need and nobody gave."""
     if cfg.world is None:
         return set()
-    trained = None if cfg.encoder and arm.retriever == "warm" else arm.retriever
-    made = {arm.generator} - cfg.generators.keys()
-    return made | {TRAINED_BY[trained]} if trained in TRAINED_BY.keys() - cfg.retrievers else made
+    single = arms.members(*chosen).values()
+    trained = {trained_retriever(arm) for arm in single} - {None, *cfg.retrievers}
+    if cfg.encoder:
+        trained -= {"warm"}
+    made = {arm.generator for arm in single} - cfg.generators.keys()
+    return made | {TRAINED_BY[str(name)] for name in trained}
 
 
 def task(cfg: CompareConfig) -> str:
@@ -250,7 +275,7 @@ def _check(cfg: CompareConfig) -> None:
     """Raise UserError for names and numbers that cannot be, before anything is made."""
     for name in cfg.arms or ():
         if name != "majority":
-            arms.arm(name)
+            arms.members(name)
     if "debiased" in cfg.metrics and cfg.prompt.format == "cloze":
         raise UserError("metrics=[debiased] needs prompt.format=letters: cloze lists no choices")
     if any(k < 0 for k in cfg.ks):

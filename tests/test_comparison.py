@@ -77,13 +77,14 @@ def results(compare: Compare, own: Path) -> dict[str, Any]:
 
 
 def test_the_arms_whose_parts_are_given_run_and_no_others(results: dict[str, Any]):
-    rag = {"frozen_rag", "bm25_rag", "ft_rag", "random_rag", "gold_rag"}
+    rag = {"frozen_rag", "bm25_rag", "hybrid_rag", "ft_rag", "random_rag", "gold_rag"}
+    rag |= {"ensemble", "router"}
     assert set(results["arms"]) == {"base", "ft", "majority"} | rag
     assert results["task"] == "questions (letters, 1 shots)" and results["n"] == 24
     assert results["arms"]["ft"]["train_seconds"] is None  # nobody knows what it took
     assert "majority" in results["pairwise"]["arms"]
     # Nobody knows either what arms were trained on that were brought along.
-    assert len(results["paired"]) == 4 and {row["equal"] for row in results["paired"]} == {None}
+    assert len(results["paired"]) == 7 and {row["equal"] for row in results["paired"]} == {None}
 
 
 def test_every_k_and_reading_is_listed_and_the_best_on_validation_is_the_arm(

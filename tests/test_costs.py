@@ -19,7 +19,7 @@ from made import exactly, make_arm
 from rag2 import config
 from rag2.artifact import committing
 from rag2.evaluation import intake, latency, operations, report, shipping, trial
-from rag2.evaluation.arms import Arm, Reader, arm
+from rag2.evaluation.arms import Arm, Reader, arm, members
 from rag2.evaluation.outcome import WARM, pool
 from rag2.evaluation.questions import load_questions, split
 from rag2.evaluation.trial import QuestionSets, Rules
@@ -139,6 +139,7 @@ def test_the_operations_of_a_search_are_those_of_a_real_one(
 
 # name of the run -> weights of the retriever, of the generator, seconds of each of two steps
 RUNS = {"warm": (1, 0, 100.0), "ft": (0, 10, 200.0), "sft": (0, 20, 400.0), "joint": (5, 50, 800.0)}
+RUNS |= {"staged": (0, 30, 1600.0), "logged": (0, 0, 3200.0)}
 
 
 def run(folder: Path, name: str) -> Path:
@@ -160,7 +161,9 @@ def systems(tmp_path: Path) -> Systems:
     with KnowledgeBase(tmp_path / "kb.sqlite", create=True):
         pass
     final = {name: run(tmp_path, name) for name in RUNS}
-    generators = {name: str(final[name] / "generator") for name in ("ft", "sft", "joint")}
+    generators = {name: str(final[name] / "generator") for name in ("ft", "sft", "joint", "staged")}
+    log = tmp_path / "logged" / "final" / "questions.jsonl"
+    (tmp_path / "staged" / "config.yaml").write_text(f"questions: {log}\n")
     parts = Parts(
         tmp_path / "kb.sqlite",
         {"base": str(tmp_path / "base"), **generators},
@@ -176,7 +179,11 @@ def systems(tmp_path: Path) -> Systems:
         ("bm25_rag", 0, 0),
         ("ft", 10, 400),
         ("frozen_rag", 1, 200),
+        ("hybrid_rag", 1, 200),
         ("ft_rag", 10 + 1, 400 + 200),
+        ("staged", 30 + 1, 3200 + 6400 + 200),  # the log that it learned from took time, too
+        ("ensemble", 10 + 1, 400 + 200),  # its two members
+        ("router", 1, 200),
         ("sft_rag", 20 + 1, 800 + 200),
         ("joint", 50 + 5, 1600 + 200),  # both halves are of one run, which took its time once
         ("warm_joint", 50 + 1, 1600 + 200),  # of a joint run only the half that the arm has
@@ -186,7 +193,7 @@ def systems(tmp_path: Path) -> Systems:
 def test_an_arm_costs_the_weights_of_its_own_halves_and_every_run_behind_them_once(
     systems: Systems, name: str, weights: int, seconds: int
 ):
-    cost = systems.cost(arm(name))
+    cost = systems.cost(*members(name).values())
     assert (cost["trained_parameters"], cost["train_seconds"]) == (weights, seconds)
 
 
@@ -351,7 +358,7 @@ def test_a_document_gets_in_by_the_index_or_else_by_a_whole_run_of_training(
     (Path(systems.parts.generators["ft"])).mkdir(exist_ok=True)
     weights = Path(systems.parts.generators["ft"]) / "model.safetensors"
     weights.write_bytes(b"x" * 11)
-    found = systems.serving(asked, result)
+    found = systems.serving([asked], result)
     assert found["document_seconds"] == seconds
     text = sum(len(chunk.passage.encode()) for chunk in chunks) if k else 0
     assert found["ship_bytes"] == text + 11 * (asked.generator == "ft")

@@ -16,8 +16,9 @@ import torch
 
 from rag2 import artifact, config, stages
 from rag2.evaluation import stats
-from rag2.evaluation.arms import ARMS
+from rag2.evaluation.arms import ARMS, NAMES, ON_REQUEST
 from rag2.evaluation.contrasts import EQUAL
+from rag2.evaluation.hybrids import HYBRIDS
 from rag2.evaluation.questions import load_questions
 from rag2.evaluation.results import strip_times
 from rag2.generator.load import Generator
@@ -33,6 +34,7 @@ YAML = {
     "retriever": f"steps: 4\nbatch_size: 16\nvalidate_every: 2\nencoder: {NETWORK}\n",
     "finetune": "steps: 3\nbatch_size: 4\n",
     "joint": "steps: 4\nbatch_size: 4\nrefresh: {every: 2}\n",
+    "logged": "question_share: 0.05\nks: [0, 1, 2]\nconfidence: 0\n",
 }
 
 
@@ -127,9 +129,10 @@ def test_a_comparison_holds_every_arm_with_the_documented_keys(results: dict[str
         "almanac",
         "wilson",
     )
-    named = "base ft ft_paraphrase sft frozen_rag bm25_rag ft_rag sft_rag joint"
+    named = "base ft ft_paraphrase sft frozen_rag bm25_rag hybrid_rag ft_rag sft_rag joint"
+    named += " ensemble router"
     assert {*named.split(), "majority", "random_rag", "gold_rag"} <= set(results["arms"])
-    assert set(results["arms"]) == {*ARMS, "majority"}
+    assert set(results["arms"]) == {*NAMES, "majority"} - {*ON_REQUEST}
     keys = "accuracy stderr ci95 k acc_norm recall_at_k train_seconds eval_seconds"
     for name, arm in results["arms"].items():
         assert {*keys.split(), "trained_parameters", "retriever", "generator", "reading"} <= set(
@@ -168,7 +171,11 @@ def test_the_numbers_are_those_of_the_questions_and_the_samples(job: Job, result
         arm = results["arms"][name]
         assert [row["doc"]["id"] for row in rows] == [question.id for question in test]
         assert np.mean([row["acc"] for row in rows]) == pytest.approx(arm["accuracy"], rel=1e-5)
-        assert all(len(row["retrieved"]) == arm["k"] for row in rows)
+        counts = {0, arm["k"]} if name in HYBRIDS else {arm["k"]}
+        assert {len(row["retrieved"]) for row in rows} <= counts
+        if name in HYBRIDS:
+            read = np.mean([bool(row["retrieved"]) for row in rows])
+            assert read == pytest.approx(arm["retrieved_share"], rel=1e-5)
         for row in rows:
             logp = [float(answer[0]) for answer in row["filtered_resps"]]
             assert row["acc"] == float(np.argmax(logp) == row["doc"]["answer"])
@@ -206,6 +213,25 @@ def test_arms_are_not_called_alike_where_a_part_was_brought_along(
     words = ["arms=[frozen_rag,ft]", "ks=[1]", f"generators.ft={home}/ft/final/generator"]
     (test,) = job(tmp_path / "out", home, *words)["paired"]
     assert (test["a"], test["b"], test["equal"]) == ("frozen_rag", "ft", None)
+
+
+def test_the_staged_arm_learns_what_frozen_rag_answered_and_makes_its_log_first(
+    job: Job,
+    results: dict[str, Any],
+    recipe: Callable[[str], ModuleType],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    home = tmp_path / "home"
+    for stage in ("data", "base", "retriever"):
+        shutil.copytree(job.folder / "home" / stage, home / stage)
+    monkeypatch.setattr(stages, "run", in_this_process(recipe))
+    arms = job(tmp_path / "out", home, "arms=[frozen_rag,staged]")["arms"]
+    assert (arms["staged"]["generator"], arms["staged"]["retriever"]) == ("staged", "warm")
+    log = home / "logged" / "final" / "questions.jsonl"
+    assert config.read(home / "staged" / "config.yaml")["questions"] == str(log)
+    assert lines(log) and not any("evidence" in row for row in lines(log))
+    assert arms["staged"]["train_seconds"] > arms["frozen_rag"]["train_seconds"]
 
 
 # --- again ----------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ YAML = {
     "retriever": f"steps: 2\nbatch_size: 8\nvalidate_every: 2\nencoder: {NETWORK}\n",
     "finetune": "steps: 2\nbatch_size: 4\n",
     "joint": "steps: 2\nbatch_size: 4\nrefresh: {every: 2}\n",
+    "logged": "question_share: 0.1\n",
 }
 SHARES = "stage.joint.question_share=0.1,1"
 
@@ -110,7 +111,8 @@ def test_the_key_of_a_stage_counts_what_decides_it_and_nothing_else(world):
         "stage.joint.lr_retriever=1": {"joint"},
         "stage.joint.refresh.every=3": {"joint"},
         "stage.ft_paraphrase.paraphrases_per_document=1": {"ft_paraphrase"},
-        "stage.retriever.steps=3": {"retriever", "sft", "joint"},
+        "stage.retriever.steps=3": {"retriever", "sft", "joint", "logged", "staged"},
+        "stage.logged.confidence=0.9": {"logged", "staged"},
         "stage.base.steps=3": {*plan.STAGES} - {"retriever"},
         "vocabulary=401": {"data", *plan.STAGES},
         "world.seed=1": {"data", *plan.STAGES},

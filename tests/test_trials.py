@@ -133,7 +133,10 @@ def test_a_rate_at_which_training_fails_is_told_and_not_chosen(
         ({"methods": {"base": {"tuning": "full"}}}, "'base' cannot be a row"),
         ({"methods": {"x": {"lr": 1.0}}}, "x.lr is the same for all methods"),
         ({"lrs": [1e-3, 1e-3]}, "holds a value twice"),
-        ({"settings": {"paraphrases_per_document": 2}}, "methods.full learns from paraphrases: set paraphrases=FILE"),
+        (
+            {"settings": {"paraphrases_per_document": 2}},
+            "methods.full learns from paraphrases: set paraphrases=FILE",
+        ),
     ],
 )
 def test_a_mistake_is_told_in_one_line_before_anything_is_trained(

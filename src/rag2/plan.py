@@ -56,7 +56,9 @@ PATHS = {
     "tokenizer": ("data", "tokenizer"),
     "generator": ("base", "final/generator"),
     "retriever": ("retriever", "final/retriever"),
+    "log": ("logged", "final/questions.jsonl"),
 }
+CALLED = {"log": "questions"}  # the recipe's key of an input, where it is another
 MARK = "stage.json"  # beside a stage's results: what they were made from, and whether all is there
 
 
@@ -84,6 +86,9 @@ STAGES = {
         ("train=[generator]", "refresh=none"),
     ),
     "joint": Stage("joint", ("generator", "retriever", "kb", "questions")),
+    # Retrieval first: frozen RAG answers training questions, whose answers it never sees.
+    "logged": Stage("logged", ("generator", "retriever", "kb", "questions")),
+    "staged": Stage("finetune", ("generator", "log"), ("objective=supervised",)),
 }
 
 
@@ -125,9 +130,12 @@ class Plan:
         return directory.resolve() if directory.is_symlink() else directory
 
     def has_yaml(self, name: str) -> bool:
-        """Whether the folder of recipes has what the stage is made by."""
-        names = {name, STAGES[name].recipe} if name != "data" else set[str]()
-        return not names or any(_exists(f"{self.cfg.recipes}/{n}.yaml") for n in names)
+        """Whether the folder of recipes has what the stage, and all it needs, is made by."""
+        return all(
+            any(_exists(f"{self.cfg.recipes}/{n}.yaml") for n in {each, STAGES[each].recipe})
+            for each in self.closure([name])
+            if each != "data"
+        )
 
     def yaml(self, name: str) -> Path:
         """The stage's own YAML file if the folder has one, else that of its recipe."""
@@ -139,7 +147,10 @@ class Plan:
     def job(self, name: str) -> stages.Job:
         """The stage as a command; a stage that was cut off goes on where it was."""
         stage, directory = STAGES[name], self.directory(name)
-        inputs = [f"{i}={_quoted(self.directory(PATHS[i][0]) / PATHS[i][1])}" for i in stage.inputs]
+        inputs = [
+            f"{CALLED.get(i, i)}={_quoted(self.directory(PATHS[i][0]) / PATHS[i][1])}"
+            for i in stage.inputs
+        ]
         command = [
             *(sys.executable, str(config.recipe(f"train/{stage.recipe}.py"))),
             *("-c", str(self.yaml(name)), "world=null", f"out={_quoted(directory)}"),

@@ -70,6 +70,36 @@ class Lexical:
         return self.bm25.search([q.question for q in questions], k)
 
 
+class Fused:
+    """Reciprocal rank fusion of several retrievers (Cormack et al. 2009).
+
+    RRF(z) = sum_r 1 / (60 + rank of z in list r) over the best DEPTH of each; a chunk that a list
+    does not hold gets nothing from it. score = log RRF, so that p(k|q) = RRF^(1/T) / sum of these.
+    """
+
+    DEPTH = 100  # the same for every k: fewer chunks asked for are the first of more
+
+    def __init__(self, *retrievers: Retriever, count: int) -> None:
+        """`count` is the number of chunks there are."""
+        self.retrievers, self.count = retrievers, count
+
+    def search(self, questions: Sequence[Question], k: int) -> tuple[np.ndarray, np.ndarray]:
+        """As Retriever.search, ties by the smallest chunk id."""
+        depth = min(self.count, max(k, self.DEPTH))
+        found = [retriever.search(questions, depth)[1].tolist() for retriever in self.retrievers]
+        scores_QK = np.zeros((len(questions), k), dtype=np.float32)
+        ids_QK = np.zeros((len(questions), k), dtype=np.int64)
+        for row, lists in enumerate(zip(*found, strict=True)):
+            fused: dict[int, float] = {}
+            for ids in lists:
+                for rank, chunk in enumerate(ids, start=1):
+                    fused[chunk] = fused.get(chunk, 0.0) + 1 / (60 + rank)
+            best = sorted(fused.items(), key=lambda item: (-item[1], item[0]))[:k]
+            ids_QK[row] = [chunk for chunk, _ in best]
+            scores_QK[row] = np.log([score for _, score in best])
+        return scores_QK, ids_QK
+
+
 class Random:
     """Control: chunks drawn at random, all with the same score."""
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from rag2 import artifact
+from rag2 import artifact, config
 from rag2.evaluation import intake, operations, shipping
 from rag2.evaluation.arms import GENERATORS, Arm, Reader
 from rag2.evaluation.outcome import ArmResult
@@ -20,13 +20,14 @@ from rag2.generator.prompt import Prompt
 from rag2.kb.lexical import BM25
 from rag2.kb.store import KnowledgeBase
 from rag2.registry import UserError
-from rag2.retrieval import Dense, Gold, Lexical, Random, Retriever, gold_chunks
+from rag2.retrieval import Dense, Fused, Gold, Lexical, Random, Retriever, gold_chunks
 from rag2.retriever.encoder import DualEncoder, EncoderConfig
 from rag2.training.log import train_memory, train_seconds, train_tokens
 from rag2.types import Question
 
 # the stage that trains a dense retriever
 TRAINED_BY = {"warm": "retriever", "joint": "joint"}
+HOLDS = {"hybrid": "warm"}  # a retriever that is made from a trained one
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,11 +80,10 @@ class Systems:
             return f"its generator: set generators={{{arm.generator}: PATH}}"
         if arm.retriever == "gold" and not any(self.gold.values()):
             return "evidence: no question names a gold_chunk or a document of the corpus"
-        given = arm.retriever in self.parts.retrievers or (
-            arm.retriever == "warm" and self.parts.encoder
-        )
-        if arm.retriever in TRAINED_BY and not given:
-            return f"its retriever: set retrievers={{{arm.retriever}: PATH}}"
+        trained = trained_retriever(arm)
+        given = trained in self.parts.retrievers or (trained == "warm" and self.parts.encoder)
+        if trained and not given:
+            return f"its retriever: set retrievers={{{trained}: PATH}}"
         return None
 
     @contextmanager
@@ -102,23 +102,20 @@ class Systems:
             self._retrievers[name] = self._make(name)
         return self._retrievers[name]
 
-    def cost(self, arm: Arm) -> dict[str, Any]:
+    def cost(self, *arms: Arm) -> dict[str, Any]:
         """What training adds to the base: seconds, tokens, weights that learned, the peak memory.
 
-        The weights are those of the arm's own two halves; the time is that of every run behind
-        them. None where a part does not come from a run of rag2, so that nobody knows, and for
-        the tokens where a run did not count them.
+        The weights are those of the two halves of the arm (of a hybrid: of its members, each
+        once); the time is that of every run behind them. None where a part does not come from a
+        run of rag2, so that nobody knows, and for the tokens where a run did not count them.
         """
-        halves: dict[str, Path | None] = {}
-        if arm.generator != "base":
-            halves["generator"] = run_of(self.parts.generators[arm.generator])
-        if arm.retriever in TRAINED_BY:
-            given = self.parts.encoder and arm.retriever == "warm"
-            path = self.parts.retrievers.get(str(arm.retriever), "")
-            halves["retriever"] = None if given else run_of(path)
+        halves = {half: run for arm in arms for half, run in self._halves(arm).items()}
         runs = list(halves.values())
-        if {arm.generator, arm.retriever} & {"joint", "sft"} and "warm" in self.parts.retrievers:
+        parts = {part for arm in arms for part in (arm.generator, arm.retriever)}
+        if parts & {"joint", "sft"} and "warm" in self.parts.retrievers:
             runs.append(run_of(self.parts.retrievers["warm"]))  # both start from the warm start
+        if "staged" in parts:
+            runs += _log_behind(run_of(self.parts.generators["staged"]))
         if None in runs:
             keys = ("train_seconds", "train_tokens", "trained_parameters", "peak_memory_bytes")
             return dict.fromkeys(keys)
@@ -127,27 +124,34 @@ class Systems:
         return {
             "train_seconds": sum(map(train_seconds, known)),
             "train_tokens": None if None in tokens else sum(filter(None, tokens)),
-            "trained_parameters": sum(_trained(run)[half] for half, run in halves.items() if run),
+            "trained_parameters": sum(
+                _trained(run)[half] for (half, _), run in halves.items() if run
+            ),
             "peak_memory_bytes": max(filter(None, map(train_memory, known)), default=None),
         }
 
-    def serving(self, arm: Arm, result: ArmResult) -> dict[str, Any]:
-        """What the arm costs where it serves: bytes, operations, seconds for a new document.
+    def serving(self, arms: Sequence[Arm], result: ArmResult) -> dict[str, Any]:
+        """What an arm costs where it serves: bytes, operations, seconds for a new document.
 
-        An arm that validation lets read no chunk is its generator alone: nothing new gets into that
-        but by training it again.
+        Of a hybrid `arms` are its members; what they share counts once. An arm that validation lets
+        read no chunk is its generator alone: nothing new gets into that but by training it again.
         """
-        names = self.parts.generators
-        weights = shipping.generator_bytes(names[arm.generator], names.get("base", ""))
-        if not (result.k and arm.retriever):
-            again = self.cost(Arm(arm.generator))["train_seconds"]
-            return {"ship_bytes": weights, "document_seconds": again or None}
-        retriever = self._retrievers[arm.retriever]
+        paths = self.parts.generators
+        generators = dict.fromkeys(arm.generator for arm in arms)
+        retrievers = {arm.retriever for arm in arms if result.k and arm.retriever}
+        bytes_of = shipping.generator_bytes
+        weights = [bytes_of(paths[name], paths.get("base", "")) for name in generators]
+        if not retrievers:
+            again = self.cost(*map(Arm, generators))["train_seconds"]
+            return {"ship_bytes": _sum(*weights), "document_seconds": again or None}
+        (name,) = retrievers
+        retriever, share = self._retrievers[name], result.retrieved_share
         search = operations.of_search(retriever, result.questions)
+        searched = search if search is None or share is None else search * share
         return {
-            "ship_bytes": _sum(weights, shipping.retriever_bytes(retriever, self.chunks)),
-            "inference_flops": _sum(result.inference_flops, search),
-            "document_seconds": self._intake(arm.retriever),
+            "ship_bytes": _sum(*weights, shipping.retriever_bytes(retriever, self.chunks)),
+            "inference_flops": _sum(result.inference_flops, searched),
+            "document_seconds": self._intake(name),
         }
 
     def _intake(self, name: str) -> float | None:
@@ -156,6 +160,18 @@ class Systems:
             self._seconds[name] = intake.document_seconds(self.parts.kb, self._retrievers[name])
         return self._seconds[name]
 
+    def _halves(self, arm: Arm) -> dict[tuple[str, str], Path | None]:
+        """(half, its name) -> the run that trained it, None where nobody knows."""
+        halves: dict[tuple[str, str], Path | None] = {}
+        if arm.generator != "base":
+            path = self.parts.generators[arm.generator]
+            halves["generator", arm.generator] = run_of(path)
+        if trained := trained_retriever(arm):
+            given = self.parts.encoder and trained == "warm"
+            path = self.parts.retrievers.get(trained, "")
+            halves["retriever", trained] = None if given else run_of(path)
+        return halves
+
     @cached_property
     def _bm25(self) -> BM25:
         return BM25(self.chunks)
@@ -163,6 +179,9 @@ class Systems:
     def _make(self, name: str) -> Retriever:
         if name == "bm25":
             return Lexical(self._bm25)
+        if name == "hybrid":
+            searched = [self.retriever(part) for part in (HOLDS[name], "bm25")]
+            return Fused(*filter(None, searched), count=len(self.chunks))
         if name == "random":
             return Random([chunk.id for chunk in self.chunks], self.seed)
         if name == "gold":
@@ -174,10 +193,24 @@ class Systems:
         return Dense.over(encoder.to(self.device).eval(), self.chunks)
 
 
+def trained_retriever(arm: Arm) -> str | None:
+    """The trained retriever that an arm searches with, alone or beside another; None without."""
+    name = HOLDS.get(str(arm.retriever), arm.retriever)
+    return name if name in TRAINED_BY else None
+
+
 def run_of(path: str) -> Path | None:
     """The run directory that committed a generator or retriever; None for one from elsewhere."""
     final = Path(path).parent
     return final.parent if (final / artifact.MANIFEST).is_file() else None
+
+
+def _log_behind(run: Path | None) -> list[Path]:
+    """The run that made the log of questions a generator was trained on; none of one from use."""
+    if run is None or not (run / "config.yaml").is_file():
+        return []
+    log = run_of(str(config.read(run / "config.yaml").get("questions") or ""))
+    return [log] if log else []
 
 
 def _verified(path: str) -> str:

@@ -222,7 +222,8 @@ class Trials:
                         result = trial.run(
                             name, arm, self.sets, at, reader, rules, systems.gold, advance
                         )
-                        done[name] = replace(result, **systems.cost(arm))
+                        costs = systems.cost(arm) | systems.serving([arm], result)
+                        done[name] = replace(result, **costs)
             return done
 
         generators = sorted({arm.generator for arm in wanted.values()})

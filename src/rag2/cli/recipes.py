@@ -27,6 +27,10 @@ RECIPES = {
             "Let a causal LM reword documents, to fine-tune on.",
             "configs/demo/paraphrase.yaml count=10 out=runs/paraphrases",
         ),
+        "logged": (
+            "Let frozen RAG answer training questions, to fine-tune on what it said.",
+            "configs/demo/logged.yaml confidence=0.8 out=runs/logged",
+        ),
         "joint": (
             "Train retriever and generator together.",
             "configs/demo/joint.yaml steps=60 refresh.every=15 out=runs/joint",

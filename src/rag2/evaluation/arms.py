@@ -1,4 +1,4 @@
-"""An arm is a generator and a retriever, nothing else: prompt and scoring are the same for all.
+"""An arm is a generator and a retriever, or a hybrid of two such: all else is the same for all.
 
 Letters: Q questions, K retrieved chunks, C choices.
 """
@@ -12,6 +12,7 @@ import numpy as np
 from scipy.special import softmax
 
 from rag2.evaluation import operations, score
+from rag2.evaluation.hybrids import HYBRIDS
 from rag2.evaluation.score import Floats, Ints, Scores
 from rag2.evaluation.select import Choice
 from rag2.evaluation.workload import Cost
@@ -44,9 +45,11 @@ ARMS = {
     "sft": Arm("sft_closed"),
     "frozen_rag": Arm("base", "warm"),
     "bm25_rag": Arm("base", "bm25"),
+    "hybrid_rag": Arm("base", "hybrid"),
     "ft_rag": Arm("ft", "warm"),
     "sft_rag": Arm("sft", "warm"),
     "joint": Arm("joint", "joint"),
+    "staged": Arm("staged", "warm"),
     # The other two cells of {warm, joint} retriever x {sft, joint} generator.
     "warm_joint": Arm("joint", "warm"),
     "joint_sft": Arm("sft", "joint"),
@@ -56,14 +59,31 @@ ARMS = {
 
 
 GENERATORS = tuple(dict.fromkeys(arm.generator for arm in ARMS.values()))
+NAMES = (*ARMS, *HYBRIDS)
+# Run where their name or their generator is given: answering a log of questions takes a minute.
+ON_REQUEST = ("staged",)
+
+
+def members(*names: str) -> dict[str, Arm]:
+    """The arms that these consist of: a hybrid's two, or the arm itself.
+
+    Raises UserError that names the nearest one for an unknown name.
+    """
+    found = {}
+    for name in names:
+        if name not in NAMES:
+            allowed = ", ".join(NAMES)
+            raise UserError(
+                f"arms: unknown arm {name!r}; allowed: {allowed}.{nearest(name, NAMES)}"
+            )
+        parts = HYBRIDS[name].members if name in HYBRIDS else (name,)
+        found |= {part: ARMS[part] for part in parts}
+    return found
 
 
 def arm(name: str) -> Arm:
-    """The arm of a name; raises UserError that names the nearest one."""
-    if name not in ARMS:
-        allowed = ", ".join(ARMS)
-        raise UserError(f"arms: unknown arm {name!r}; allowed: {allowed}.{nearest(name, ARMS)}")
-    return ARMS[name]
+    """The arm of a name that is no hybrid's; raises UserError that names the nearest one."""
+    return members(name)[name]
 
 
 # A prompt: the question, and the ids of the chunks it is read with, best first; () is closed book.

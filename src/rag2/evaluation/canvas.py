@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from rag2.evaluation.contrasts import CONTROLS
+from rag2.evaluation.contrasts import CONTROLS, holds
 from rag2.evaluation.verdict import Results
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def role(name: str, arm: Results) -> str:
         return "control"
     if name == "joint":
         return "joint"
-    if "joint" in (arm["retriever"], arm["generator"]):
+    if holds(arm, "joint"):
         return "half"
     return "rag" if arm["retriever"] else "closed"
 

@@ -21,12 +21,22 @@ CONTRASTS = (
     ("ft_rag", "frozen_rag"),
     ("sft_rag", "frozen_rag"),
     ("sft_rag", "sft"),
+    # Does it earn what it adds to plain retrieval?
+    ("hybrid_rag", "frozen_rag"),
+    ("ensemble", "frozen_rag"),
+    ("router", "frozen_rag"),
+    ("staged", "frozen_rag"),
 )
 # What the two arms of a contrast were given alike, so that the method alone can differ.
 EQUAL = {
     ("joint", "sft_rag"): "equal supervision: the same questions, as many steps and chunks",
     ("frozen_rag", "ft"): "equal supervision: the documents and no training question",
 }
+
+
+def holds(arm: Mapping[str, Any], half: str) -> bool:
+    """Whether the arm's retriever or (one) generator, as results.json has it, is that half."""
+    return half in (arm["retriever"], *str(arm["generator"]).split(" + "))
 
 
 def pairs(names: Iterable[str]) -> list[tuple[str, str]]:

@@ -32,6 +32,9 @@ class ArmResult:
     `choice` (validation) and `oracle` (test, hindsight) are None for arms that chose nothing;
     `by_k` has every K and reading with what validation would choose for it; `readings` the best of
     each reading with its accuracies on other question sets.
+    A hybrid names its `members`, has the retrieving one's reading, K and recall, and tells for
+    which share of the questions it read chunks; `over_choices`: its log p is normalised over the
+    choices, so that no pick by length is to be had from it.
     """
 
     name: str
@@ -67,6 +70,10 @@ class ArmResult:
     document_seconds: float | None = None
     latency_ms: tuple[float, ...] = ()
     dropped_chunks: int = 0
+    members: tuple[str, ...] = ()
+    retrieved_share: float | None = None
+    control_retrieved_share: float | None = None
+    over_choices: bool = False
 
     def __post_init__(self) -> None:
         assert len(self.questions) == len(self.logp_QC) > 0, (self.name, self.logp_QC.shape)
@@ -120,6 +127,13 @@ class ArmResult:
         """Whether the pick by log-likelihood per UTF-8 byte is right [Q]."""
         lengths_QC = score.lengths(self.labels, bytewise=True)
         return self._right_by(score.predict_norm(self.logp_QC, lengths_QC))
+
+    @property
+    def correct_by_length(self) -> dict[str, Bools]:
+        """Both by the names they have in results.json; none where log p is over the choices."""
+        if self.over_choices:
+            return {}
+        return {"acc_norm": self.correct_norm, "acc_bytes": self.correct_bytes}
 
     @property
     def correct_mutual(self) -> Bools | None:
@@ -190,6 +204,7 @@ def pool(runs: Sequence[ArmResult]) -> ArmResult:
 
     means = ("recall_at_1", "recall_at_k", "control_accuracy", "two_hop_accuracy")
     means += ("train_seconds", "eval_seconds", "train_tokens", "ship_bytes", "inference_flops")
+    means += ("retrieved_share", "control_retrieved_share")
     return replace(
         runs[0],
         questions=tuple(itertools.chain.from_iterable(run.questions for run in runs)),

@@ -75,8 +75,8 @@ def _arm(arm: ArmResult, groups: Sequence[str], base: ArmResult | None) -> dict[
         "stderr": stats.stderr(right, n),
         "ci95": stats.wilson(right, n),
         "relative_gain": arm.accuracy / base.accuracy - 1 if base and base.accuracy else None,
-        "acc_norm": float(np.mean(arm.correct_norm)),
-        "acc_bytes": float(np.mean(arm.correct_bytes)),
+        "acc_norm": _share(arm.correct_by_length.get("acc_norm")),
+        "acc_bytes": _share(arm.correct_by_length.get("acc_bytes")),
         "acc_mutual_info": _share(arm.correct_mutual),
         "debiased_accuracy": _share(arm.debiased_Q),
         "intervals": _intervals(arm),
@@ -103,6 +103,16 @@ def _arm(arm: ArmResult, groups: Sequence[str], base: ArmResult | None) -> dict[
         "latency_ms": arm.latency,
         "document_seconds": arm.document_seconds,
         "dropped_chunks": arm.dropped_chunks,
+        **(_hybrid(arm) if arm.members else {}),
+    }
+
+
+def _hybrid(arm: ArmResult) -> dict[str, Any]:
+    return {
+        "members": arm.members,
+        "parameters": dict(arm.choice.parameters) if arm.choice else None,
+        "retrieved_share": arm.retrieved_share,
+        "control_retrieved_share": arm.control_retrieved_share,
     }
 
 
@@ -110,8 +120,8 @@ def _intervals(arm: ArmResult) -> dict[str, tuple[float, float]]:
     """Wilson's interval of every other share of questions that the arm has."""
     n = len(arm.questions)
     shares = {
-        "acc_norm": (float(np.mean(arm.correct_norm)), n),
-        "acc_bytes": (float(np.mean(arm.correct_bytes)), n),
+        "acc_norm": (_share(arm.correct_by_length.get("acc_norm")), n),
+        "acc_bytes": (_share(arm.correct_by_length.get("acc_bytes")), n),
         "acc_mutual_info": (_share(arm.correct_mutual), n),
         "debiased_accuracy": (_share(arm.debiased_Q), n),
         "recall_at_1": (arm.recall_at_1, n),

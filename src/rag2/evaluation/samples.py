@@ -21,8 +21,7 @@ def write_samples(directory: Path, arm: ArmResult) -> Path:
     path = directory / f"samples_{arm.name}.jsonl"
     right = {
         "acc": arm.correct,
-        "acc_norm": arm.correct_norm,
-        "acc_bytes": arm.correct_bytes,
+        **arm.correct_by_length,
         "acc_mutual_info": arm.correct_mutual,
         "debiased_accuracy": arm.debiased_Q,
     }

@@ -18,6 +18,7 @@ def sections(results: Results) -> list[Section]:
         _readings(results),
         _by_k(results),
         _selection(results),
+        _hybrids(results),
         _groups(results),
         _seeds(results),
         _paired(results),
@@ -122,6 +123,39 @@ def _selection(results: Results) -> Section | None:
             f"result: {oracle}."
         )
     return Section("Choice of K", tuple(parts))
+
+
+def _hybrids(results: Results) -> Section | None:
+    """Two arms that answer as one: which, with what parameters, and how often chunks were read."""
+    rows = tuple(
+        (
+            name,
+            " + ".join(arm["members"]),
+            ", ".join(f"{key} = {_value(v)}" for key, v in (arm["parameters"] or {}).items())
+            or "-",
+            percent(arm["retrieved_share"]),
+            percent(arm["control_retrieved_share"]),
+            percent(results["k_selection"]["accuracy"].get(name)),
+            percent(arm["accuracy"]),
+        )
+        for name, arm in results["arms"].items()
+        if arm.get("members")
+    )
+    if not rows:
+        return None
+    header = ("arm", "members", "chosen", "retrieves", "on control")
+    header += ("validation accuracy", "test accuracy")
+    note = (
+        "Members keep the reading, K and temperature of their own arms. An ensemble's weight is "
+        "that of its first member; a router's threshold is in nats of log-likelihood or the unit "
+        "of the retriever's scores, `-` if it never retrieves. retrieves: share of the questions "
+        "for which chunks were read."
+    )
+    return Section("Hybrids", (Table(header, rows, labels=3), note))
+
+
+def _value(value: float | str | None) -> str:
+    return "-" if value is None else value if isinstance(value, str) else f"{value:.4g}"
 
 
 def _groups(results: Results) -> Section | None:

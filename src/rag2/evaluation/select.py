@@ -20,13 +20,15 @@ TEMPERATURES = tuple(2.0**power for power in range(-5, 6))
 class Choice:
     """Reading, K and temperature chosen on validation questions, with the accuracy reached there.
 
-    `temperature` is that of p(chunk | question), 1 where there is nothing to mix.
+    `temperature` is that of p(chunk | question), 1 where there is nothing to mix; `parameters` are
+    what a hybrid chose besides, by name.
     """
 
     k: int
     temperature: float
     validation_accuracy: float
     reading: Reading = "marginal"
+    parameters: tuple[tuple[str, float | str | None], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
 """One arm on every set of questions: score all, choose on validation, count on test."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -48,6 +48,20 @@ class Rules:
         return [1] if arm.retriever == "gold" else list(self.ks)
 
 
+# a generator's prompt -> tokens, seconds, chunks it had no room for, operations (None: not known)
+Costs = Mapping[tuple[str, Key], tuple[int, float, int, float | None]]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Trial:
+    """An arm's result, and what a hybrid makes of it: the scores of each set of questions, and what
+    was read to answer each test question."""
+
+    result: ArmResult
+    scored: Mapping[str, Scores]
+    read_Q: Sequence[Costs]
+
+
 def search(
     arm: Arm, retriever: Retriever | None, sets: QuestionSets, rules: Rules
 ) -> dict[str, Found]:
@@ -73,6 +87,20 @@ def run(
     tick: Callable[[int], None] = lambda amount: None,
 ) -> ArmResult:
     """The arm's answers to the test questions; `gold` names the chunks that answer a question."""
+    return attempt(name, arm, sets, found, reader, rules, gold, tick).result
+
+
+def attempt(
+    name: str,
+    arm: Arm,
+    sets: QuestionSets,
+    found: Mapping[str, Found],
+    reader: Reader,
+    rules: Rules,
+    gold: Mapping[str, Sequence[int]],
+    tick: Callable[[int], None] = lambda amount: None,
+) -> Trial:
+    """As `run`, with what hybrids need."""
     concat = rules.of(arm) if "concat" in rules.readings and arm.retriever else []
     scored = {
         part: arms.evaluate(getattr(sets, part), rows, reader, tick, concat)
@@ -89,8 +117,11 @@ def run(
         facts["debiased_Q"] = picks_Q == score.answers(sets.test)
     ids_QK = scored["test"].ids_QK
     right = [frozenset(gold.get(question.id, ())) for question in sets.test]
-    keys = prompts(sets.test, ids_QK, choice)
-    return ArmResult.of(
+    read_Q: list[Costs] = [
+        {(arm.generator, prompt): _cost(reader, prompt) for prompt in keys}
+        for keys in prompts(sets.test, ids_QK, choice)
+    ]
+    result = ArmResult.of(
         name,
         sets.test,
         scored["test"],
@@ -101,14 +132,27 @@ def run(
         retriever=arm.retriever,
         recall_at_1=score.recall_at(ids_QK, right, 1) if arm.retriever else None,
         recall_at_k=score.recall_at(ids_QK, right, choice.k) if choice else None,
-        dropped_chunks=sum(reader.dropped.get(key, 0) for key in keys),
-        eval_tokens=sum(reader.tokens[key] for key in keys),
-        eval_seconds=sum(reader.seconds[key] for key in keys),
-        inference_flops=_flops(reader, keys, len(sets.test)),
+        **total(read_Q),
         asked_beside={part: len(getattr(sets, part)) for part in ("control", "two_hop")},
         **_beside(sets, scored, choice),
         **facts,
     )
+    return Trial(result, scored, read_Q)
+
+
+def total(read_Q: Sequence[Costs]) -> dict[str, Any]:
+    """What reading took in all, and the mean operations of a question, as ArmResult calls it.
+
+    What was read once for several prompts counts among the operations of each.
+    """
+    costs = [cost for read in read_Q for cost in read.values()]
+    flops = [cost[3] for cost in costs]
+    return {
+        "eval_tokens": sum(cost[0] for cost in costs),
+        "eval_seconds": sum(cost[1] for cost in costs),
+        "dropped_chunks": sum(cost[2] for cost in costs),
+        "inference_flops": None if None in flops else sum(filter(None, flops)) / len(read_Q),
+    }
 
 
 def _choose(
@@ -125,7 +169,7 @@ def _choose(
     validated = score.answers(sets.validation)
     rows = select.by_k(scored["validation"], validated, ks, rules.readings)
     at_k = [
-        AtK(row, score.predict(_read(scored["test"], row)) == answers_Q)
+        AtK(row, score.predict(read(scored["test"], row)) == answers_Q)
         for row in rows
         if row.k > 1 or row.reading == rules.readings[0]  # below, the readings are the same
     ]
@@ -142,7 +186,7 @@ def _choose(
 
 
 def _reading(sets: QuestionSets, scored: Mapping[str, Scores], choice: Choice) -> dict[str, Any]:
-    right_Q = score.predict(_read(scored["test"], choice)) == score.answers(sets.test)
+    right_Q = score.predict(read(scored["test"], choice)) == score.answers(sets.test)
     return {
         "k": choice.k,
         "temperature": choice.temperature,
@@ -160,29 +204,29 @@ def _beside(
     def accuracy(part: str) -> float | None:
         if part not in scored:
             return None
-        chosen = choice or Choice(0, 1.0, 0.0)
-        k = min(chosen.k, scored[part].retrieved)
-        logp_QC = score.read(scored[part], chosen.reading, k, chosen.temperature)
-        return float(np.mean(score.predict(logp_QC) == score.answers(getattr(sets, part))))
+        picks_Q = score.predict(read(scored[part], choice))
+        return float(np.mean(picks_Q == score.answers(getattr(sets, part))))
 
     return {"control_accuracy": accuracy("control"), "two_hop_accuracy": accuracy("two_hop")}
 
 
-def _read(scores: Scores, choice: Choice) -> score.Floats:
-    return score.read(scores, choice.reading, choice.k, choice.temperature)
+def read(scores: Scores, choice: Choice | None) -> score.Floats:
+    """log p(choice | question) in nats [Q, C] as chosen; None, and without chunks: closed book."""
+    chosen = choice or Choice(0, 1.0, 0.0)
+    k = min(chosen.k, scores.retrieved)
+    return score.read(scores, chosen.reading, k, chosen.temperature)
 
 
-def _flops(reader: Reader, keys: Sequence[Key], questions: int) -> float | None:
-    """Mean operations of reading for a question; what was read once for several counts for each."""
-    known = [reader.flops.get(key) for key in keys]
-    return None if None in known else sum(filter(None, known)) / questions
-
-
-def prompts(questions: Sequence[Question], ids_QK: score.Ints, choice: Choice | None) -> list[Key]:
-    """What the arm reads to answer the questions, of all that was scored to choose its K."""
-    keys: list[Key] = []
+def prompts(
+    questions: Sequence[Question], ids_QK: score.Ints, choice: Choice | None
+) -> Iterator[list[Key]]:
+    """What the arm reads to answer each question, of all that was scored to choose its K."""
     k = choice.k if choice else 0
+    alone = k > 1 and choice is not None and choice.reading == "marginal"
     for question, row in zip(questions, ids_QK[:, :k].tolist(), strict=True):
-        alone = k > 1 and choice is not None and choice.reading == "marginal"
-        keys += [(question.id, (i,)) for i in row] if alone else [(question.id, tuple(row))]
-    return keys
+        yield [(question.id, (i,)) for i in row] if alone else [(question.id, tuple(row))]
+
+
+def _cost(reader: Reader, prompt: Key) -> tuple[int, float, int, float | None]:
+    dropped, flops = reader.dropped.get(prompt, 0), reader.flops.get(prompt)
+    return reader.tokens[prompt], reader.seconds[prompt], dropped, flops

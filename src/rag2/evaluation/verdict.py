@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from rag2.evaluation.contrasts import CONTROLS
+from rag2.evaluation.contrasts import CONTROLS, holds
 
 ALPHA = 0.05
 Results = Mapping[str, Any]
@@ -19,7 +19,7 @@ def verdict(results: Results) -> str:
     rivals = {
         name: arm
         for name, arm in arms.items()
-        if name not in (subject, *CONTROLS) and subject not in (arm["retriever"], arm["generator"])
+        if name not in (subject, *CONTROLS) and not holds(arm, subject)
     }
     if subject not in arms or not rivals:
         real = {name: arm for name, arm in arms.items() if name not in CONTROLS} or arms

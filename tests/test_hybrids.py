@@ -1,0 +1,443 @@
+"""Hybrids: two arms that answer as one, lists of chunks fused, the log that frozen RAG leaves."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy.special import log_softmax
+
+from made import Drawn, exactly, make_arm
+from rag2 import config, pipeline
+from rag2.evaluation import combined, contrasts, report, score, trial
+from rag2.evaluation.arms import Arm, Found
+from rag2.evaluation.hybrids import Ensemble, Hybrid, Router, Said
+from rag2.evaluation.outcome import ArmResult
+from rag2.evaluation.questions import load_questions, split, to_row
+from rag2.evaluation.select import Choice
+from rag2.evaluation.trial import QuestionSets, Rules, Trial
+from rag2.registry import UserError
+from rag2.retrieval import Fused
+from rag2.types import Question
+
+ENSEMBLE, ROUTER = Ensemble("ft", "frozen_rag"), Router("base", "frozen_rag")
+
+
+def said(p_QC: Sequence[Sequence[float]], scores_QK: Any = None) -> Said:
+    """What a member says, by its probabilities."""
+    logp_QC = np.log(np.array(p_QC))
+    empty = np.zeros((len(logp_QC), 2))
+    return Said(logp_QC, empty if scores_QK is None else np.array(scores_QK, dtype=float))
+
+
+def drawn(rng: np.random.Generator, count: int) -> Said:
+    """Answers to questions of four choices, and three scores each, of which some are equal."""
+    scores_QK = -np.sort(-np.round(rng.normal(size=(count, 3)), 1), axis=1)
+    return Said(-np.round(rng.exponential(2.0, (count, 4)), 1), scores_QK)
+
+
+# --- ensemble ------------------------------------------------------------------------------------
+
+
+def test_the_ensemble_mixes_probabilities_over_the_choices(rng):
+    closed, retrieving = drawn(rng, 9), drawn(rng, 9)
+    closed.logp_QC[4, 3] = retrieving.logp_QC[4, 3] = -np.inf  # a question of three choices
+    p_closed, p_retrieving = (
+        np.exp(member.logp_QC) / np.exp(member.logp_QC).sum(1, keepdims=True)
+        for member in (closed, retrieving)
+    )
+    found = ENSEMBLE.apply(closed, retrieving, {"weight": 0.3})
+    np.testing.assert_allclose(np.exp(found.logp_QC), 0.3 * p_closed + 0.7 * p_retrieving)
+    assert found.logp_QC[4, 3] == -np.inf and found.read_QM.all()
+
+
+@pytest.mark.parametrize(("weight", "member"), [(0.0, 1), (1.0, 0)])
+def test_a_member_of_weight_zero_changes_nothing_and_is_not_read(rng, weight: float, member: int):
+    members = drawn(rng, 9), drawn(rng, 9)
+    found = ENSEMBLE.apply(*members, {"weight": weight})
+    np.testing.assert_allclose(found.logp_QC, log_softmax(members[member].logp_QC, axis=1))
+    assert found.read_QM[:, member].all() and not found.read_QM[:, 1 - member].any()
+
+
+@pytest.mark.parametrize(
+    ("closed", "retrieving", "weight"),
+    [
+        ([[0.9, 0.1]], [[0.8, 0.2]], 0.5),  # all weights are right: the one in the middle
+        ([[0.9, 0.1]], [[0.05, 0.95]], 0.6),  # right above .5
+        ([[0.05, 0.95]], [[0.9, 0.1]], 0.4),
+        ([[0.9, 0.1], [0.1, 0.9]], [[0.05, 0.95], [0.95, 0.05]], 0.6),  # .6 to 1
+        ([[0.99, 0.01], [0.01, 0.99]], [[0.1, 0.9], [0.8, 0.2]], 0.5),
+        ([[0.99, 0.01], [0.6, 0.4]], [[0.4, 0.6], [0.04, 0.96]], None),
+    ],
+)
+def test_the_weight_with_most_right_answers_is_chosen_of_equals_that_nearest_one_half(
+    closed, retrieving, weight
+):
+    members = said(closed), said(retrieving)
+    answers_Q = np.arange(len(closed))
+    chosen = ENSEMBLE.choose(*members, answers_Q)["weight"]
+    right = {
+        w: int(np.sum(score.predict(ENSEMBLE.apply(*members, {"weight": w}).logp_QC) == answers_Q))
+        for w in Ensemble.WEIGHTS
+    }
+    best = [w for w, count in right.items() if count == max(right.values())]
+    assert chosen == min(best, key=lambda w: (abs(w - 0.5), w))
+    assert weight in (None, chosen)
+
+
+# --- router --------------------------------------------------------------------------------------
+
+
+def every_router(closed: Said, retrieving: Said) -> list[dict[str, Any]]:
+    """All that can be chosen: never, and every signal at every value that was seen."""
+    two_Q2 = np.sort(closed.logp_QC, axis=1)[:, -2:]
+    seen = {
+        "closed_margin_at_most": two_Q2[:, 1] - two_Q2[:, 0],
+        "top_score_at_least": retrieving.scores_QK[:, 0],
+        "score_margin_at_least": retrieving.scores_QK[:, 0] - retrieving.scores_QK[:, 1],
+    }
+    never: dict[str, Any] = {"signal": "closed_margin_at_most", "threshold": None}
+    return [never] + [
+        {"signal": signal, "threshold": float(value)}
+        for signal, values in seen.items()
+        for value in np.unique(values)
+    ]
+
+
+def test_the_router_with_most_right_answers_is_chosen_and_of_equals_the_one_that_reads_least(rng):
+    for _ in range(20):
+        closed, retrieving = drawn(rng, 12), drawn(rng, 12)
+        answers_Q = rng.integers(0, 4, 12)
+
+        def worth(parameters: dict[str, Any], members=(closed, retrieving), answers_Q=answers_Q):
+            found = ROUTER.apply(*members, parameters)
+            right = int(np.sum(score.predict(found.logp_QC) == answers_Q))
+            return right, -int(found.read_QM[:, 1].sum())
+
+        chosen = ROUTER.choose(closed, retrieving, answers_Q)
+        assert worth(dict(chosen)) == max(map(worth, every_router(closed, retrieving)))
+
+
+def test_questions_beyond_all_that_validation_has_seen_are_answered_closed_book():
+    # Chunks help wherever the closed book is torn, and that is every question of validation.
+    torn = said([[0.5, 0.5 - 1e-9], [0.6, 0.4]])
+    knows = said([[0.1, 0.9], [0.1, 0.9]])
+    chosen = ROUTER.choose(torn, knows, np.array([1, 1]))
+    assert chosen["signal"] == "closed_margin_at_most"
+    assert chosen["threshold"] == pytest.approx(np.log(0.6 / 0.4))
+    sure, wrong = said([[0.95, 0.05], [0.59, 0.41]]), said([[0.1, 0.9], [0.1, 0.9]])
+    found = ROUTER.apply(sure, wrong, chosen)
+    assert score.predict(found.logp_QC).tolist() == [0, 1]
+    assert found.read_QM.tolist() == [[True, False], [True, True]], "the margin is read first"
+
+
+@pytest.mark.parametrize(
+    ("scores_QK", "signal"),
+    [
+        ([[9, 8], [1, 0]], "top_score_at_least"),
+        ([[9, 0], [9, 8]], "score_margin_at_least"),
+    ],
+)
+def test_a_retrievers_score_routes_before_anything_is_read(scores_QK, signal: str):
+    # The first question needs its chunks, the second is led astray; the closed book tells no more.
+    closed = said([[0.5, 0.4], [0.4, 0.5]])
+    retrieving = said([[0.1, 0.9], [0.9, 0.1]], scores_QK)
+    chosen = ROUTER.choose(closed, retrieving, np.array([1, 1]))
+    assert chosen["signal"] == signal
+    found = ROUTER.apply(closed, retrieving, chosen)
+    assert found.read_QM.tolist() == [[False, True], [True, False]]
+    assert score.predict(found.logp_QC).tolist() == [1, 1]
+
+
+def test_a_router_whose_chunks_never_help_never_retrieves():
+    closed, wrong = said([[0.9, 0.1], [0.8, 0.2]]), said([[0.1, 0.9], [0.8, 0.2]])
+    chosen = ROUTER.choose(closed, wrong, np.array([0, 0]))
+    assert chosen["threshold"] is None
+    assert not ROUTER.apply(closed, wrong, chosen).read_QM[:, 1].any()
+
+
+# --- on sets of questions ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def sets(rng: np.random.Generator) -> QuestionSets:
+    """Ten questions of two choices in every set."""
+
+    def ask(part: str) -> list[Question]:
+        answers = rng.integers(0, 2, 10).tolist()
+        return [Question(f"{part}{i}", "?", ("a", "b"), a) for i, a in enumerate(answers)]
+
+    return QuestionSets([], *map(ask, trial.PARTS))
+
+
+def tried(
+    arm: Arm, sets: QuestionSets, reader: Drawn, right: dict[str, dict[bool, float]]
+) -> Trial:
+    """An arm that gives the right choice this p, by the set: without (False) and with chunks."""
+    found = {}
+    for number, part in enumerate(trial.PARTS):
+        asked = getattr(sets, part)
+        ids_QK = 1000 * number + np.arange(2 * len(asked)).reshape(-1, 2)
+        count = 2 if arm.retriever else 0
+        scores_QK = np.tile([2.0, 1.0], (len(asked), 1))
+        found[part] = Found(scores_QK[:, :count], ids_QK[:, :count])
+        for question, ids in zip(asked, ids_QK.tolist(), strict=True):
+            for key in [(), *((i,) for i in ids)]:
+                p = right[part][bool(key)]
+                values = (p, 1 - p) if question.answer == 0 else (1 - p, p)
+                reader.known[question.id, key] = np.log(values).tolist()
+    rules = Rules([2] if arm.retriever else [0])
+    return trial.attempt("member", arm, sets, found, reader, rules, {})
+
+
+def both(
+    hybrid: Hybrid,
+    sets: QuestionSets,
+    rng: np.random.Generator,
+    right: dict[str, dict[bool, float]],
+) -> tuple[ArmResult, Drawn]:
+    """The hybrid of two arms that share the generator base."""
+    reader = Drawn(rng)
+    members = [tried(Arm("base", name), sets, reader, right) for name in (None, "warm")]
+    return combined.run("hybrid", hybrid, sets, *members), reader
+
+
+def everywhere(closed: float, retrieving: float, **other: tuple[float, float]) -> dict[str, Any]:
+    pairs = dict.fromkeys(trial.PARTS, (closed, retrieving)) | other
+    return {part: {False: pair[0], True: pair[1]} for part, pair in pairs.items()}
+
+
+@pytest.mark.parametrize(("hybrid", "chosen"), [(ENSEMBLE, 0.6), (ROUTER, None)])
+def test_parameters_are_chosen_on_validation_and_never_on_test(sets, rng, hybrid, chosen):
+    right = everywhere(0.2, 0.8, validation=(0.9, 0.05))
+    result, _ = both(hybrid, sets, rng, right)
+    assert result.choice and result.choice.validation_accuracy == 1
+    assert chosen in dict(result.choice.parameters).values()
+    assert result.accuracy == 0, "test would need the chunks"
+    assert (result.control_accuracy, result.two_hop_accuracy) == (0, 0)
+
+
+def test_control_questions_that_the_closed_book_is_sure_of_lose_nothing_to_retrieval(sets, rng):
+    right = everywhere(0.45, 0.9, control=(0.99, 0.1))
+    result, _ = both(ROUTER, sets, rng, right)
+    assert (result.accuracy, result.control_accuracy) == (1, 1)
+    assert (result.retrieved_share, result.control_retrieved_share) == (1, 0)
+    told = report.summarize("almanac", [result], seed=0, environment={})["arms"]["hybrid"]
+    assert told["members"] == ["base", "frozen_rag"]
+    assert told["parameters"]["signal"] == "closed_margin_at_most"
+    assert told["control_retrieved_share"] == 0 and told["k"] == 2
+
+
+@pytest.mark.parametrize("hybrid", [ENSEMBLE, ROUTER])
+def test_a_hybrid_costs_the_prompts_that_it_really_read(sets, rng, hybrid):
+    helps = both(hybrid, sets, rng, everywhere(0.45, 0.9))
+    never = both(hybrid, sets, rng, everywhere(0.9, 0.9, validation=(0.9, 0.1)))
+    for (result, reader), keys in ((helps, 3), (never, 3 if hybrid is ENSEMBLE else 1)):
+        read = [
+            (q.id, key)
+            for row, q in enumerate(sets.test)
+            for key in [(), (1000 + 2 * row,), (1000 + 2 * row + 1,)][:keys]
+        ]
+        assert result.eval_tokens == sum(reader.tokens[prompt] for prompt in read)
+        assert result.eval_seconds == pytest.approx(sum(reader.seconds[p] for p in read))
+        assert {len(row) for row in result.retrieved} == {2 if keys == 3 else 0}
+    posterior = [sum(item.posterior or 0 for item in row) for row in helps[0].retrieved]
+    assert posterior == pytest.approx([1] * 10)
+
+
+def test_a_prompt_that_both_members_read_counts_once(sets, rng):
+    reader = Drawn(rng)
+    closed = tried(Arm("base"), sets, reader, everywhere(0.6, 0.6))
+    nothing = replace(closed.result, choice=Choice(0, 1.0, 0.5))  # it chose to retrieve nothing
+    result = combined.run("ensemble", ENSEMBLE, sets, closed, replace(closed, result=nothing))
+    assert result.choice and dict(result.choice.parameters)["weight"] == 0.5
+    assert result.eval_tokens == sum(reader.tokens[q.id, ()] for q in sets.test)
+    assert result.retrieved_share == 0
+
+
+def test_a_distribution_over_choices_has_no_pick_by_length(sets, rng):
+    for hybrid, measured in ((ENSEMBLE, False), (ROUTER, True)):
+        result, _ = both(hybrid, sets, rng, everywhere(0.45, 0.9))
+        told = report.summarize("almanac", [result], seed=0, environment={})["arms"]["hybrid"]
+        assert (told["acc_norm"] is not None) == (told["acc_bytes"] is not None) == measured
+        assert ("acc_norm" in told["intervals"]) == measured
+
+
+def test_a_hybrid_without_a_jointly_trained_half_is_a_rival_of_joint():
+    parts = {"joint": ("joint", "joint"), "ensemble": ("ft + base", "warm")}
+    arms = [
+        make_arm(name, exactly(right, 40), generator=g, retriever=r)
+        for (name, (g, r)), right in zip(parts.items(), (30, 35), strict=True)
+    ]
+    told = report.summarize("almanac", arms, seed=0, environment={})
+    assert "joint does not win: ensemble" in report.verdict(told)
+    half = replace(arms[1], generator="ft + joint")
+    told = report.summarize("almanac", [arms[0], half], seed=0, environment={})
+    assert "was not run beside another arm" in report.verdict(told)
+    assert contrasts.holds({"generator": "ft + joint", "retriever": None}, "joint")
+    assert not contrasts.holds({"generator": "jointly", "retriever": "warm"}, "joint")
+
+
+# --- fused lists ---------------------------------------------------------------------------------
+
+
+class Listed:
+    """A retriever with the same list for every question."""
+
+    def __init__(self, *ids: int) -> None:
+        self.ids = ids
+
+    def search(self, questions: Sequence[Question], k: int) -> tuple[np.ndarray, np.ndarray]:
+        ids_QK = np.array([self.ids[:k]] * len(questions))
+        return np.zeros(ids_QK.shape, dtype=np.float32), ids_QK
+
+
+def test_fused_scores_are_logarithms_of_summed_reciprocal_ranks_with_ties_by_chunk_id():
+    fused = Fused(Listed(7, 5, 3, 1), Listed(2, 3, 7, 9), count=4)
+    scores_QK, ids_QK = fused.search([Question("q", "?")], 4)
+    assert ids_QK.tolist() == [[7, 3, 2, 5]]
+    expected = [1 / 61 + 1 / 63, 1 / 63 + 1 / 62, 1 / 61, 1 / 62]
+    np.testing.assert_allclose(np.exp(scores_QK[0]), expected, rtol=1e-6)
+    mirrored = Fused(Listed(8, 4), Listed(4, 8), count=2).search([Question("q", "?")], 2)
+    assert mirrored[1].tolist() == [[4, 8]], "ties"
+
+
+def test_fewer_fused_chunks_are_the_first_of_more(rng):
+    lists = [Listed(*rng.permutation(300).tolist()) for _ in range(2)]
+    asked = [Question("q", "?"), Question("r", "?")]
+    scores_QK, ids_QK = Fused(*lists, count=300).search(asked, 20)
+    for k in (1, 8):
+        fewer = Fused(*lists, count=300).search(asked, k)
+        np.testing.assert_array_equal(fewer[0], scores_QK[:, :k])
+        np.testing.assert_array_equal(fewer[1], ids_QK[:, :k])
+
+
+# --- the log of a staged system ------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def logged(recipe: Callable[[str], ModuleType], home: Path) -> Callable[..., Path]:
+    """`train logged` on the small world; returns the log."""
+    module = recipe("train/logged.py")
+
+    def run(out: Path, questions: Path, *changes: str) -> Path:
+        words = [f"kb={home / 'data' / 'kb.sqlite'}", f"questions={questions}", f"out={out}"]
+        words += [f"generator={home / 'generator'}", f"retriever={home / 'retriever'}"]
+        words += ["ks=[1]", "question_share=0.08", "confidence=0", *changes]
+        module.main(config.load(module.LoggedConfig, None, words))
+        return out / "final" / "questions.jsonl"
+
+    return run
+
+
+def test_nothing_of_the_right_answers_gets_into_the_log(
+    logged: Callable[..., Path], home: Path, tmp_path: Path
+):
+    world = load_questions(home / "data" / "questions.jsonl")
+    world = split(world, "train") + split(world, "validation")[:12]
+    labelled = [replace(q, metadata={"told": q.gold}) for q in world]
+    wrong = [
+        replace(q, answer=(q.answer + 1) % len(q.choices), gold_chunk=1, evidence=("x",))
+        if q.split == "train"
+        else q
+        for q in world
+    ]
+    logs = []
+    for name, questions in (("right", labelled), ("wrong", wrong)):
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(to_row(q)) + "\n" for q in questions))
+        logs.append(logged(tmp_path / name, path, "ks=[0,1]").read_bytes())
+    assert logs[0] == logs[1]
+    rows = [json.loads(line) for line in logs[0].splitlines()]
+    assert {tuple(row) for row in rows} == {
+        ("id", "question", "choices", "answer", "split", "metadata")
+    }
+    assert {tuple(row["metadata"]) for row in rows} == {("confidence",)}
+    gold = {q.id: q.answer for q in world if q.split == "train"}
+    same = np.mean([row["answer"] == gold[row["id"]] for row in rows])
+    assert len(rows) > 20 and same < 0.8, "random models do not answer as the labels say"
+
+
+def test_the_log_holds_what_frozen_rag_answered_and_only_what_it_was_sure_of(
+    logged: Callable[..., Path],
+    recipe: Callable[[str], ModuleType],
+    home: Path,
+    tmp_path: Path,
+):
+    questions = home / "data" / "questions.jsonl"
+    everything = load_questions(logged(tmp_path / "all", questions))
+    p = {q.id: float(q.metadata["confidence"]) for q in everything}
+    assert all(1 / len(q.choices) - 1e-6 <= p[q.id] <= 1 for q in everything)
+    below, above = sorted(p.values())[15:17]
+    middle = (below + above) / 2
+    kept = load_questions(logged(tmp_path / "sure", questions, f"confidence={middle}"))
+    assert {q.id for q in kept} == {id for id, value in p.items() if value >= middle}
+    assert kept == [q for q in everything if p[q.id] >= middle]
+
+    # The arm answers the same, asked the logged questions as its test.
+    asked = [
+        replace(q, split="test") for q in split(load_questions(questions), "train") if q.id in p
+    ]
+    path = tmp_path / "asked.jsonl"
+    validation = split(load_questions(questions), "validation")[:1]  # of one K none is chosen
+    path.write_text("".join(json.dumps(to_row(q)) + "\n" for q in [*asked, *validation]))
+    compare = recipe("eval/compare.py")
+    words = [f"kb={home / 'data' / 'kb.sqlite'}", f"questions={path}", f"out={tmp_path / 'arm'}"]
+    words += [f"generators.base={home / 'generator'}", f"retrievers.warm={home / 'retriever'}"]
+    compare.main(config.load(compare.CompareConfig, None, [*words, "ks=[1]", "arms=[frozen_rag]"]))
+    lines = (tmp_path / "arm" / "samples_frozen_rag.jsonl").read_text().splitlines()
+    picks = {row["doc"]["id"]: row["prediction"] for row in map(json.loads, lines)}
+    assert picks == {q.id: q.answer for q in everything}
+
+
+def test_fine_tuning_learns_the_logged_answers(
+    logged: Callable[..., Path],
+    recipe: Callable[[str], ModuleType],
+    home: Path,
+    tmp_path: Path,
+):
+    log = logged(tmp_path / "log", home / "data" / "questions.jsonl")
+    finetune = recipe("train/finetune.py")
+    words = [f"questions={log}", "objective=supervised", f"generator={home / 'generator'}"]
+    words += [f"out={tmp_path / 'ft'}", "steps=1", "batch_size=2"]
+    cfg = config.load(finetune.FinetuneConfig, None, words)
+    assert finetune.read_data(cfg) == load_questions(log)
+    finetune.main(cfg)
+    assert (tmp_path / "ft" / "final" / "generator").is_dir()
+
+
+def test_a_log_without_a_sure_answer_and_a_log_of_other_settings_are_refused(
+    logged: Callable[..., Path], home: Path, tmp_path: Path
+):
+    questions = home / "data" / "questions.jsonl"
+    with pytest.raises(UserError, match=r"confidence=1.0: none of \d+ answers is as sure; the"):
+        logged(tmp_path / "out", questions, "confidence=1")
+    assert not (tmp_path / "out").exists()
+    log = logged(tmp_path / "out", questions)
+    before = log.stat().st_mtime_ns
+    assert logged(tmp_path / "out", questions, "resume=true").stat().st_mtime_ns == before
+    with pytest.raises(UserError, match=r"made with confidence=0.0, not 0.1: choose another"):
+        logged(tmp_path / "out", questions, "confidence=0.1", "resume=true")
+
+
+def test_a_world_whose_folder_has_no_recipe_for_the_log_does_without_the_staged_arm(
+    tmp_path: Path, almanac
+):
+    for name in ("pretrain", "retriever", "finetune", "joint"):
+        (tmp_path / f"{name}.yaml").write_text("steps: 1\n")
+    needed: dict[bool, set[str]] = {}
+    for there in (False, True):
+        if there:
+            (tmp_path / "logged.yaml").write_text("question_share: 0.5\n")
+        cfg = pipeline.Inputs(world=almanac, recipes=str(tmp_path))
+        plan = pipeline.Plan(cfg)
+        needed[there] = {name for name in ("logged", "staged") if plan.has_yaml(name)}
+        assert all(plan.has_yaml(name) for name in ("base", "ft", "sft", "joint"))
+    assert needed == {False: set(), True: {"logged", "staged"}}
+    words = pipeline.jobs(cfg, ["staged"])[0].command
+    assert any(word.startswith("questions=") and "logged/final" in word for word in words)
+    assert not any(word.startswith("log=") for word in words)

@@ -22,7 +22,7 @@ def pick(
     """Index of the choice that the arm picks, from what it reads at its K and nothing else."""
     told = choice or CLOSED
     found = arms.retrieve([question], retriever if told.k else None, told.k)
-    prompts = trial.prompts([question], found.ids_QK, told)
+    (prompts,) = trial.prompts([question], found.ids_QK, told)
     reader.forget()
     reader.read([(question, ids) for _, ids in prompts])
     logp_KC = np.array([reader.known[prompt] for prompt in prompts])

@@ -90,7 +90,7 @@ class RobustnessConfig(pipeline.Inputs):
     texts: PositiveInt = 300
     """of each kind of text at most so many, evenly spread over a file"""
     limit: int | None = Field(default=None, ge=1)
-    """the first so many questions of each set, and facts of the rewordings; null: all"""
+    """so many questions of each set, and facts of the rewordings, evenly spread; null: all"""
     dtype: str = "float32"
     """of the generators"""
     device: str = "cpu"
@@ -191,8 +191,8 @@ def read_questions(cfg: RobustnessConfig) -> tuple[Asked, list[Question]]:
     absent = list(world.absent()) if world else []  # a home of before has no such file
     reworded = list(world.rewordings()) if world else []
     asked = Asked(
-        validation=split(questions, "validation")[: cfg.limit],
-        test=split(questions, "test")[: cfg.limit],
+        validation=inputs.some(split(questions, "validation"), cfg.limit),
+        test=inputs.some(split(questions, "test"), cfg.limit),
         control=inputs.questions(control, [], cfg.limit),
         absent=inputs.questions(cfg.absent, absent, cfg.limit),
         rewordings=inputs.rewordings(cfg.rewordings, reworded, cfg.limit),

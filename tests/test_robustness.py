@@ -309,6 +309,19 @@ def test_a_second_run_gives_the_same_file(run: Callable[..., dict[str, Any]], re
     assert run("b") == results
 
 
+def test_k_and_temperature_may_come_from_a_comparison(
+    run: Callable[..., dict[str, Any]], tmp_path: Path
+):
+    row = {"k": 2, "temperature": 8.0, "reading": "concat"}
+    none = dict.fromkeys(("task", "n", "seed", "paired", "k_selection", "environment"))
+    made = {"format": "rag2.results/1", **none, "arms": {"frozen_rag": row}}
+    (tmp_path / "results.json").write_text(json.dumps(made))
+    arm = run("d", f"results={tmp_path}", "arms=[frozen_rag]", "limit=4")["arms"]["frozen_rag"]
+    assert {key: arm[key] for key in row} == row
+    with pytest.raises(UserError, match="has no K and temperature of arm 'base'"):
+        run("e", f"results={tmp_path}")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rag2.evaluation.html import spread
 from rag2.evaluation.questions import load_questions, question_of, with_choices
@@ -12,20 +12,26 @@ from rag2.registry import UserError
 from rag2.types import Question
 
 Row = Mapping[str, Any]
+Item = TypeVar("Item")
 
 
 def questions(path: str | Path | None, rows: Sequence[Row], limit: int | None) -> list[Question]:
-    """The questions of a file if there is one, else of a world's rows; the first `limit`.
+    """The questions of a file if there is one, else of a world's rows; `limit` of them.
 
     Raises UserError as `load_questions` does, and for questions without choices.
     """
     if path:
-        return list(with_choices(load_questions(path), path))[:limit]
-    return [question_of(row, "world") for row in rows[:limit]]
+        return some(with_choices(load_questions(path), path), limit)
+    return [question_of(row, "world") for row in some(rows, limit)]
+
+
+def some(items: Sequence[Item], limit: int | None) -> list[Item]:
+    """At most `limit`, evenly spread: a world's questions come one kind of entity after another."""
+    return [items[row] for row in spread(len(items), limit or len(items))]
 
 
 def rewordings(path: str | Path | None, rows: Sequence[Row], limit: int | None) -> list[Question]:
-    """The same with the first `limit` facts; the questions of a fact stand together.
+    """The same with `limit` facts; the questions of a fact stand together.
 
     Raises UserError for a question without `metadata.fact`, and for a fact with one question alone
     or with different choices.
@@ -39,7 +45,7 @@ def rewordings(path: str | Path | None, rows: Sequence[Row], limit: int | None) 
         if len(group) < 2 or len({found[row].choices for row in group}) > 1:
             fact = found[group[0]].metadata["fact"]
             raise UserError(f"{place}: fact {fact!r} needs two or more questions of equal choices")
-    return [found[row] for group in groups[:limit] for row in group]
+    return [found[row] for group in some(groups, limit) for row in group]
 
 
 def texts(key: str, path: Path, count: int) -> list[str]:
@@ -54,7 +60,7 @@ def texts(key: str, path: Path, count: int) -> list[str]:
         found.append(f"{item.title}\n{item.text}" if item.title else item.text)
     if not found:
         raise UserError(f"{key}={path}: there is no text in it")
-    return [found[row] for row in spread(len(found), count)]
+    return some(found, count)
 
 
 def check_ids(asked: Asked) -> None:

@@ -45,7 +45,15 @@ def test_version_and_help_succeed(capsys: pytest.CaptureFixture[str]):
 
 @pytest.mark.parametrize(
     "words",
-    [["demo"], ["sweep"], ["kb", "build"], ["kb", "list"], ["kb", "show"], ["kb", "search"]],
+    [
+        ["demo"],
+        ["sweep"],
+        ["advise"],
+        ["kb", "build"],
+        ["kb", "list"],
+        ["kb", "show"],
+        ["kb", "search"],
+    ],
 )
 def test_the_help_of_every_command_has_an_example(
     capsys: pytest.CaptureFixture[str], words: list[str]

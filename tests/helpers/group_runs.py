@@ -1,6 +1,7 @@
-"""Joint runs of several processes: `together` starts them with torchrun; they do job after job.
+"""Runs of several processes: `together` starts them with torchrun; they do job after job.
 
-A job is {"settings": of train/joint.py, "fault": a name in FAULTS or None}. Beside each run lies
+A job is {"settings": of train/joint.py, "fault": a name in FAULTS or None}, and where it is another
+recipe than joint "recipe": its name. Beside each run lies
 OUT.idle-RANK: how many passes the process made only because the other had more to do.
 """
 
@@ -10,6 +11,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -45,10 +47,6 @@ def together(jobs: list[dict[str, Any]], folder: Path, processes: int = 2) -> No
 
 def main(file: Path) -> None:
     """What each of them does."""
-    spec = importlib.util.spec_from_file_location("joint", config.recipe("train/joint.py"))
-    assert spec and spec.loader
-    joint = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(joint)
     for job in json.loads(file.read_text(encoding="utf-8")):
         with pytest.MonkeyPatch.context() as patch:
             exact_norms(patch)
@@ -57,9 +55,20 @@ def main(file: Path) -> None:
             idle: list[list[int]] = []
             honest = step._idle
             patch.setattr(step, "_idle", lambda *a, f=honest, i=idle: i.extend(f(*a)) or f(*a))
-            joint.main(joint.JointConfig(**job["settings"]))
+            name = job.get("recipe", "joint")
+            recipe = loaded(name)
+            recipe.main(getattr(recipe, f"{name.title()}Config")(**job["settings"]))
         out = Path(job["settings"]["out"])
         Path(f"{out}.idle-{distributed.rank()}").write_text(str(len(idle)), encoding="utf-8")
+
+
+def loaded(name: str) -> ModuleType:
+    """A training recipe as a module."""
+    spec = importlib.util.spec_from_file_location(name, config.recipe(f"train/{name}.py"))
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 if __name__ == "__main__":

@@ -60,6 +60,8 @@ def given(home: Path, tmp_path: Path) -> dict[str, Any]:
     return {
         **{name: str(data / file) for name, file in files.items()},
         **{name: str(home / name) for name in ("generator", "retriever")},
+        "unrelated": str(data / "documents.jsonl"),
+        "texts": 3,
         "out": str(tmp_path / "out"),
         "methods": TWO,
         "settings": {"steps": 2, "batch_size": 2, "objective": {"block": 32}},
@@ -90,6 +92,8 @@ def test_every_method_is_trained_at_every_rate_once_and_at_the_chosen_ones_on_ot
         *("base", "frozen_rag", "full", "full_rag", "lora", "lora_rag"),
     ]
     assert results["n"] == 32 and set(results["seeds"]) == {"0", "1"}
+    nats = {name: arm["unrelated_nats"] for name, arm in results["arms"].items()}
+    assert nats["base"] == nats["frozen_rag"] != nats["full"]
     lora = results["arms"]["lora"]
     assert 0 < lora["trained_parameters"] < results["arms"]["full"]["trained_parameters"]
     table = (Path(given["out"]) / "methods.md").read_text()

@@ -12,9 +12,11 @@ from pydantic import Field, field_validator
 
 from rag2 import config, pipeline, stages
 from rag2.evaluation import arms, score, select, trial
+from rag2.evaluation import robustness_inputs as inputs
 from rag2.evaluation.arms import Arm
 from rag2.evaluation.methods import Grid, Rate
 from rag2.evaluation.outcome import ArmResult
+from rag2.evaluation.perplexity import perplexity
 from rag2.evaluation.questions import load_questions, split, with_choices
 from rag2.evaluation.score import Reading
 from rag2.evaluation.trial import QuestionSets, Rules
@@ -25,6 +27,7 @@ from rag2.sweep.cell import Cell, Recipe, configuration, plan
 from rag2.systems import Parts, Systems
 from rag2.training import distributed
 from rag2.training.log import progress
+from rag2.worlds.almanac import Almanac
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +50,10 @@ class TrialsConfig(pipeline.Inputs):
     """JSONL of questions"""
     control: str | None = None
     """JSONL of questions that need no chunk: what is forgotten"""
+    unrelated: str | None = None
+    """text or JSONL that is not about the corpus, and is to stay as likely as it was"""
+    texts: int = Field(default=100, ge=1)
+    """the first so many of those"""
     paraphrases: str | None = None
     """JSONL of rewordings, read where settings say paraphrases_per_document=1 or more"""
     generator: str | None = None
@@ -131,6 +138,11 @@ class Trials:
             if self._rewordings(method) and not cfg.paraphrases:
                 raise UserError(f"methods.{method} learns from paraphrases: set paraphrases=FILE")
         self.sets = _sets(cfg)
+        self.texts = []
+        if cfg.unrelated:
+            self.texts = inputs.texts("unrelated", Path(cfg.unrelated), cfg.texts)
+        elif isinstance(cfg.world, Almanac):
+            self.texts = [f"{r['title']}\n{r['text']}" for r in cfg.world.unrelated(cfg.texts)]
 
     def train(self, rates: Mapping[str, Sequence[float]]) -> list[Run]:
         """A run of every method at each of its rates; the rates at which one failed are told."""
@@ -214,8 +226,10 @@ class Trials:
         }
 
         def run(generator: str) -> dict[str, ArmResult]:
-            done = {}
+            done, nats = {}, None
             with systems.reader(generator) as reader:
+                if self.texts:
+                    nats = perplexity(reader.generator, self.texts).per_token
                 for name, arm in wanted.items():
                     if arm.generator == generator:
                         at = found[arm.retriever]
@@ -223,7 +237,7 @@ class Trials:
                             name, arm, self.sets, at, reader, rules, systems.gold, advance
                         )
                         costs = systems.cost(arm) | systems.serving([arm], result)
-                        done[name] = replace(result, **costs)
+                        done[name] = replace(result, unrelated_nats=nats, **costs)
             return done
 
         generators = sorted({arm.generator for arm in wanted.values()})

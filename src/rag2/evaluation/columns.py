@@ -82,6 +82,7 @@ ARMS = (
     Column("recall@K", "recall_at_k", percent),
     Column("relative gain", "relative_gain", gain),
     Column("control", "control_accuracy", percent),
+    Column("nats on unrelated text", "unrelated_nats", "{:.3f}".format),
 )
 SCORES = (
     Column("log-likelihood", "accuracy", percent),

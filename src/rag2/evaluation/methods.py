@@ -11,9 +11,10 @@ from rag2.evaluation.outcome import ArmResult
 from rag2.evaluation.verdict import Results, interval, percent, points
 
 Kind = Literal["closed", "rag"]
-COSTS = ("trained_parameters", "train_seconds", "peak_memory_bytes")
+TOLD = ("k", "control_accuracy", "unrelated_nats", "trained_parameters", "train_seconds")
+TOLD += ("train_tokens", "peak_memory_bytes", "ship_bytes", "inference_flops", "document_seconds")
 KINDS: dict[Kind, str] = {"closed": "base", "rag": "frozen_rag"}  # what a row is compared with
-COLUMNS = tuple(c for c in (*ARMS, *COST) if c.key in ("k", "control_accuracy", *COSTS))
+COLUMNS = tuple(c for c in (*ARMS, *COST) if c.key in TOLD)
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,6 +28,7 @@ class ArmResult:
     without any context, `debiased_Q` which questions are right when the choices take turns at every
     place; None where not asked for.
     `dropped_chunks` counts those the prompt had no room for, which were then not read.
+    `unrelated_nats` are the generator's a token of text that is not about the corpus.
     The costs are those of docs/advice.md, None where not known; `latency_ms` has each question's.
     `choice` (validation) and `oracle` (test, hindsight) are None for arms that chose nothing;
     `by_k` has every K and reading with what validation would choose for it; `readings` the best of
@@ -57,6 +58,7 @@ class ArmResult:
     recall_at_1: float | None = None
     recall_at_k: float | None = None
     control_accuracy: float | None = None
+    unrelated_nats: float | None = None
     two_hop_accuracy: float | None = None
     asked_beside: Mapping[str, int] = field(default_factory=dict)
     train_seconds: float | None = 0.0
@@ -203,6 +205,7 @@ def pool(runs: Sequence[ArmResult]) -> ArmResult:
         return None if None in values else sum(values)
 
     means = ("recall_at_1", "recall_at_k", "control_accuracy", "two_hop_accuracy")
+    means += ("unrelated_nats",)
     means += ("train_seconds", "eval_seconds", "train_tokens", "ship_bytes", "inference_flops")
     means += ("retrieved_share", "control_retrieved_share")
     return replace(

@@ -88,6 +88,7 @@ def _arm(arm: ArmResult, groups: Sequence[str], base: ArmResult | None) -> dict[
         "recall_at_1": arm.recall_at_1,
         "recall_at_k": arm.recall_at_k,
         "control_accuracy": arm.control_accuracy,
+        "unrelated_nats": arm.unrelated_nats,
         "two_hop_accuracy": arm.two_hop_accuracy,
         "readings": {name: _reading(found, n) for name, found in arm.readings.items()},
         "by_k": _by_k(arm),

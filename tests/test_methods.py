@@ -271,7 +271,7 @@ def test_a_model_whose_layers_nobody_knows_is_refused_in_one_line(bases: Path):
     model = transformers.AutoModelForCausalLM.from_config(bloom)
     with pytest.raises(UserError, match="houlsby does not know .* in a bloom"):
         method("houlsby").apply(model)
-    sizes: dict[str, int] = {"hidden_size": 16, "ffn_dim": 16, "num_attention_heads": 2}
+    sizes: dict[str, Any] = {"hidden_size": 16, "ffn_dim": 16, "num_attention_heads": 2}
     opt = transformers.OPTConfig(vocab_size=50, num_hidden_layers=1, **sizes)
     unknown = transformers.AutoModelForCausalLM.from_config(opt)
     names = {"target_modules": ["k_proj", "v_proj"], "feedforward_modules": ["fc2"]}

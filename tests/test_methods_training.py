@@ -49,9 +49,9 @@ def test_one_pass_and_two_passes_leave_the_same_gradients(rag: Rag, batch: Batch
     "tuning",
     [
         {"name": "p_tuning", "tokens": 3, "width": 5},
-        {"name": "prefix", "tokens": 3, "projection": 5},
+        pytest.param({"name": "prefix", "tokens": 3, "projection": 5}, marks=pytest.mark.slow),
         {"name": "qlora", "rank": 2, "dropout": 0.2},
-        {"name": "houlsby", "width": 4},
+        pytest.param({"name": "houlsby", "width": 4}, marks=pytest.mark.slow),
     ],
     ids=lambda tuning: tuning["name"],
 )

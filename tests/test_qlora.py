@@ -26,7 +26,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Llama."""
     folder = tmp_path_factory.mktemp("base")
     torch.manual_seed(0)
-    sizes: dict[str, int] = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    sizes: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
     config = LlamaConfig(vocab_size=300, num_attention_heads=2, initializer_range=0.1, **sizes)
     Generator(LlamaForCausalLM(config), small_tokenizer()).save(folder)
     return folder

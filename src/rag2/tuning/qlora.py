@@ -43,7 +43,7 @@ class QLoRA(LowRank):
         return super()._from(quantised(base), folder)
 
 
-def quantised(model: PreTrainedModel) -> PreTrainedModel:
+def quantised(model: Any) -> PreTrainedModel:
     """`model` with every linear layer but the output head in 4 bits, in place.
 
     Raises UserError without bitsandbytes, for a model in float64, and for one without such layers.
@@ -52,6 +52,7 @@ def quantised(model: PreTrainedModel) -> PreTrainedModel:
         import bitsandbytes
     except ImportError:
         raise UserError("tuning=qlora needs bitsandbytes: pip install rag2[qlora]") from None
+    bits: Any = bitsandbytes.nn
     if model.dtype == torch.float64:
         raise UserError("tuning=qlora: 4-bit weights compute in float32 or less, not dtype=float64")
     head = model.get_output_embeddings()
@@ -62,7 +63,7 @@ def quantised(model: PreTrainedModel) -> PreTrainedModel:
             "use tuning=lora"
         )
     for path, linear in plain.items():
-        layer = bitsandbytes.nn.Linear4bit(
+        layer = bits.Linear4bit(
             linear.in_features,
             linear.out_features,
             bias=linear.bias is not None,
@@ -70,7 +71,7 @@ def quantised(model: PreTrainedModel) -> PreTrainedModel:
             quant_type="nf4",
             device="meta",
         )
-        layer.weight = bitsandbytes.nn.Params4bit(
+        layer.weight = bits.Params4bit(
             linear.weight.data, requires_grad=False, quant_type="nf4", module=layer
         )
         layer.bias = linear.bias

@@ -113,8 +113,8 @@ def test_the_router_with_most_right_answers_is_chosen_and_of_equals_the_one_that
         closed, retrieving = drawn(rng, 12), drawn(rng, 12)
         answers_Q = rng.integers(0, 4, 12)
 
-        def worth(parameters: dict[str, Any], members=(closed, retrieving), answers_Q=answers_Q):
-            found = ROUTER.apply(*members, parameters)
+        def worth(parameters: dict[str, Any], a=closed, b=retrieving, answers_Q=answers_Q):
+            found = ROUTER.apply(a, b, parameters)
             right = int(np.sum(score.predict(found.logp_QC) == answers_Q))
             return right, -int(found.read_QM[:, 1].sum())
 

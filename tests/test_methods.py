@@ -288,3 +288,17 @@ def test_the_prefix_does_not_go_with_gradient_checkpointing(bases: Path):
     with pytest.raises(UserError, match="tuning=prefix does not work with gradient checkpointing"):
         generator.tuned(method("prefix"))
     generator.tuned(method("prompt"))
+
+
+def test_dora_leaves_a_layer_with_an_output_of_zeros_as_it_is(bases: Path):
+    generator = Generator.load(bases / "llama")
+    layer = generator.model.model.layers[0].self_attn.q_proj
+    with torch.no_grad():
+        layer.weight[3] = 0.0  # without a direction, its length by it is 0 / 0
+    before = scores(generator)
+    adapted = generator.tuned(method("dora"))
+    assert not any("layers.0.self_attn.q_proj" in name for name in trained(adapted.model))
+    assert any("layers.1.self_attn.q_proj" in name for name in trained(adapted.model))
+    learn(adapted.model)
+    after = torch.tensor(scores(adapted))
+    assert after.isfinite().all() and not torch.equal(after, torch.tensor(before))

@@ -115,7 +115,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     torch.manual_seed(0)
     tokenizer = train_bpe([context + text for context, text in texts] * 9, 420)
-    shape = {"hidden": 64, "layers": 2, "heads": 2, "intermediate": 96}
+    shape: dict[str, Any] = {"hidden": 64, "layers": 2, "heads": 2, "intermediate": 96}
     generator = build_llama(tokenizer, **shape, max_positions=160)
     pairs = encode_pairs(tokenizer, texts)
     optimizer = torch.optim.AdamW(generator.model.parameters(), lr=5e-3)

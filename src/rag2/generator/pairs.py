@@ -195,7 +195,7 @@ def positions(model: Model) -> int | None:
 
 def virtual_tokens(model: Model) -> int:
     """How many learned tokens the model reads before each sequence."""
-    method = getattr(model, "active_peft_config", None)
+    method: Any = getattr(model, "active_peft_config", None)
     return method.num_virtual_tokens if getattr(method, "is_prompt_learning", False) else 0
 
 

@@ -19,7 +19,7 @@ import torch
 from pydantic import Field
 from rich.console import Console
 
-from rag2 import config, pipeline
+from rag2 import config, lineup, pipeline
 from rag2.evaluation import (
     arms,
     combined,
@@ -28,7 +28,6 @@ from rag2.evaluation import (
     place,
     report,
     score,
-    select,
     trial,
 )
 from rag2.evaluation.environment import environment
@@ -36,57 +35,31 @@ from rag2.evaluation.hybrids import HYBRIDS
 from rag2.evaluation.outcome import ArmResult
 from rag2.evaluation.questions import load_questions, split, with_choices
 from rag2.evaluation.results import summarize
-from rag2.evaluation.score import Reading
-from rag2.evaluation.shots import Shots
 from rag2.evaluation.trial import QuestionSets, Rules, Trial
-from rag2.generator.prompt import Prompt
-from rag2.registry import UserError, nearest
-from rag2.retriever.encoder import EncoderConfig
-from rag2.systems import TRAINED_BY, Parts, Systems, trained_retriever
+from rag2.lineup import LineupConfig
+from rag2.registry import UserError
+from rag2.systems import Systems
 from rag2.training import distributed
 from rag2.training.log import Advance, progress
 from rag2.types import Question
 
 
-class CompareConfig(pipeline.Inputs):
-    """Comparison of base, fine-tuned, frozen-RAG, FT+RAG and jointly trained systems."""
+class CompareConfig(LineupConfig):
+    """Comparison of base, fine-tuned, frozen-RAG, FT+RAG and jointly trained systems.
+
+    `arms` may name `majority` too, which is there by default.
+    """
 
     out: str = "runs/compare"
     """directory of the report; the systems are found or made in `home`"""
-    seed: int = Field(default=0, ge=0, lt=2**63)
-    arms: list[str] | None = Field(default=None, min_length=1)
-    """null: every arm whose parts are given or made by the world, and majority; `staged`, which
-    first answers a log of questions, if it is named here or its generator is given"""
-    kb: str | None = None
-    """knowledge base file"""
-    questions: str | None = None
-    """JSONL of questions; `control` and `two_hop` are asked beside and reported apart"""
-    control: str | None = None
     two_hop: str | None = None
-    generators: dict[str, str] = {}
-    """base, ft, ... -> folder or hub id; those not named here are made by the world"""
-    retrievers: dict[str, str] = {}
-    """warm, joint -> encoder folder"""
-    encoder: EncoderConfig | None = None
-    """pretrained encoder that is the warm retriever where none is given"""
-    ks: list[int] = Field(default=list(select.KS), min_length=1)
-    """numbers of chunks to choose from on validation; 0 is the closed book"""
-    readings: list[Reading] = Field(default=["marginal"], min_length=1)
-    """marginal: each chunk alone, mixed by p(k|q); concat: the best k in one prompt. Of several,
-    validation chooses, and all are reported"""
+    """JSONL of questions that need two documents, reported apart"""
     latency: int = Field(default=0, ge=0)
     """test questions that each arm answers one at a time, to time it; 0: none"""
     metrics: list[trial.Metric] = []
     """mutual_info, debiased: measured besides, at the cost of further prompts"""
-    shots: Shots = Shots()
-    """worked examples before each question, from the training questions"""
-    prompt: Prompt = Prompt()
     limit: int | None = Field(default=None, ge=1)
     """the first so many test questions; null: all"""
-    dtype: str = "float32"
-    """of the generators"""
-    device: str = "cpu"
-    """cpu, cuda or cuda:N"""
 
 
 def main(cfg: CompareConfig) -> dict:
@@ -99,15 +72,11 @@ def main(cfg: CompareConfig) -> dict:
     headers = cfg.shots.headers(sets.all(), sets.train, cfg.prompt)
     by_id = {q.id: header for q, header in zip(sets.all(), headers, strict=True)}
     where = distributed.device(cfg.device)
-    systems = Systems(parts(cfg), cfg.seed, cfg.prompt, sets.all(), by_id, cfg.dtype, where)
-    if max(cfg.ks) > len(systems.chunks):
-        raise UserError(
-            f"ks={cfg.ks}: K is larger than the corpus of {len(systems.chunks)} chunks; "
-            f"allowed: 0 to {len(systems.chunks)}"
-        )
-    chosen, left_out = choose_arms(cfg, sets, systems)
-    needed = stages(cfg, chosen)
-    if needed:
+    systems = Systems(lineup.parts(cfg), cfg.seed, cfg.prompt, sets.all(), by_id, cfg.dtype, where)
+    lineup.check_depth(cfg, systems)
+    asked = None if cfg.arms is None else [name for name in cfg.arms if name != "majority"]
+    chosen, left_out = lineup.choose(cfg, asked, arms.NAMES, systems, bool(sets.validation))
+    if needed := lineup.stages(cfg, chosen):
         pipeline.ensure(cfg, needed)
 
     with place.claimed(cfg):
@@ -208,55 +177,6 @@ def read_questions(cfg: CompareConfig) -> QuestionSets:
     )
 
 
-def parts(cfg: CompareConfig) -> Parts:
-    """Where every part is, or will be made."""
-    made = Parts.of_home(Path(cfg.home)) if cfg.world else Parts(Path(), {}, {})
-    return Parts(
-        Path(cfg.kb) if cfg.kb else Path(cfg.home) / "data" / "kb.sqlite",
-        {**made.generators, **cfg.generators},
-        {**made.retrievers, **cfg.retrievers},
-        None if "warm" in cfg.retrievers else cfg.encoder,
-    )
-
-
-def choose_arms(
-    cfg: CompareConfig, sets: QuestionSets, systems: Systems
-) -> tuple[list[str], dict[str, str]]:
-    """The arms to run, by name, and what the others lack, where none was asked for by name.
-
-    Raises UserError for an arm that was, and lacks a part, or validation questions.
-    """
-    usual = [n for n in arms.NAMES if n not in arms.ON_REQUEST or n in cfg.generators]
-    asked = [name for name in cfg.arms or usual if name != "majority"]
-    chosen, left_out = [], {}
-    for name in asked:
-        members = arms.members(name).values()
-        lacking = next(filter(None, map(systems.lacks, members)), None)
-        if any(a.retriever not in (None, "gold") for a in members) and not sets.validation:
-            lacking = "validation questions: K is chosen on those of split validation"
-        if lacking and cfg.arms:
-            raise UserError(f"arm {name} lacks {lacking}")
-        if lacking:
-            left_out[name] = lacking
-        else:
-            chosen.append(name)
-    if not chosen:
-        raise UserError("there is no arm to run: give generators={base: PATH}, or a world")
-    return chosen, left_out
-
-
-def stages(cfg: CompareConfig, chosen: Sequence[str]) -> set[str]:
-    """The stages of the world that make what the arms need and nobody gave."""
-    if cfg.world is None:
-        return set()
-    single = arms.members(*chosen).values()
-    trained = {trained_retriever(arm) for arm in single} - {None, *cfg.retrievers}
-    if cfg.encoder:
-        trained -= {"warm"}
-    made = {arm.generator for arm in single} - cfg.generators.keys()
-    return made | {TRAINED_BY[str(name)] for name in trained}
-
-
 def task(cfg: CompareConfig) -> str:
     """What results.json calls the questions."""
     if cfg.questions is None:
@@ -278,22 +198,7 @@ def _check(cfg: CompareConfig) -> None:
             arms.members(name)
     if "debiased" in cfg.metrics and cfg.prompt.format == "cloze":
         raise UserError("metrics=[debiased] needs prompt.format=letters: cloze lists no choices")
-    if any(k < 0 for k in cfg.ks):
-        raise UserError(f"ks={cfg.ks}: a number of chunks is 0 or more")
-    for key, given, known in (
-        ("generators", cfg.generators, arms.GENERATORS),
-        ("retrievers", cfg.retrievers, tuple(TRAINED_BY)),
-    ):
-        for name in given:
-            if name not in known:
-                allowed = ", ".join(known)
-                raise UserError(
-                    f"{key}: unknown name {name!r}; allowed: {allowed}.{nearest(name, known)}"
-                )
-    if cfg.world is None and not (cfg.kb and cfg.questions and cfg.generators):
-        raise UserError(
-            "world is not given: set world=NAME, or kb=, questions= and generators= of your own"
-        )
+    lineup.check(cfg)
 
 
 if __name__ == "__main__":

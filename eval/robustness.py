@@ -20,8 +20,8 @@ import torch
 from pydantic import Field, PositiveInt
 from rich.console import Console
 
-from rag2 import config, pipeline
-from rag2.evaluation import arms, counterfactual, files, perplexity, place, robustness, select
+from rag2 import config, lineup, pipeline
+from rag2.evaluation import arms, counterfactual, files, perplexity, place, robustness
 from rag2.evaluation import robustness_inputs as inputs
 from rag2.evaluation import robustness_numbers as numbers
 from rag2.evaluation import robustness_report as report
@@ -31,33 +31,20 @@ from rag2.evaluation.environment import environment
 from rag2.evaluation.perplexity import Perplexity
 from rag2.evaluation.questions import split
 from rag2.evaluation.robustness import Asked, Measured, Rules
-from rag2.evaluation.score import Reading
 from rag2.evaluation.select import Choice
-from rag2.evaluation.shots import Shots
-from rag2.generator.prompt import Prompt
-from rag2.registry import UserError, nearest
-from rag2.retriever.encoder import EncoderConfig
-from rag2.systems import TRAINED_BY, Parts, Systems
+from rag2.lineup import LineupConfig
+from rag2.registry import UserError
+from rag2.systems import Systems
 from rag2.training import distributed
 from rag2.training.log import Advance, progress
 from rag2.types import Question
 from rag2.worlds.almanac import Almanac
 
 
-class RobustnessConfig(pipeline.Inputs):
+class RobustnessConfig(LineupConfig):
     """Forgetting, abstention, style, consistency and faithfulness of the arms of a comparison."""
 
     out: str = "runs/robustness"
-    seed: int = Field(default=0, ge=0, lt=2**63)
-    """of the bootstrap, and of what is drawn at random"""
-    arms: list[str] | None = Field(default=None, min_length=1)
-    """null: every arm whose parts are given or made by the world, without the controls"""
-    kb: str | None = None
-    """knowledge base file"""
-    questions: str | None = None
-    """JSONL of questions; those of split validation choose K and when to abstain"""
-    control: str | None = None
-    """JSONL of questions that the base answers by heart"""
     absent: str | None = None
     """JSONL of questions that no document of the corpus answers"""
     rewordings: str | None = None
@@ -70,19 +57,6 @@ class RobustnessConfig(pipeline.Inputs):
     """texts that say in other words what the corpus says"""
     results: str | None = None
     """directory of `rag2 eval compare`, for K, temperature and reading; null: chosen here"""
-    generators: dict[str, str] = {}
-    """base, ft, ... -> folder or hub id; those not named here are made by the world"""
-    retrievers: dict[str, str] = {}
-    """warm, joint -> encoder folder"""
-    encoder: EncoderConfig | None = None
-    """pretrained encoder that is the warm retriever where none is given"""
-    ks: list[int] = Field(default=list(select.KS), min_length=1)
-    """numbers of chunks to choose from on validation; 0 is the closed book"""
-    readings: list[Reading] = Field(default=["marginal"], min_length=1)
-    """marginal: each chunk alone, mixed by p(k|q); concat: the best k in one prompt"""
-    shots: Shots = Shots()
-    """worked examples before each question, from the training questions"""
-    prompt: Prompt = Prompt()
     target_precision: float = Field(default=0.9, gt=0, le=1)
     """share of right answers that the abstention threshold is to reach on validation"""
     max_new_tokens: PositiveInt = 32
@@ -91,10 +65,6 @@ class RobustnessConfig(pipeline.Inputs):
     """of each kind of text at most so many, evenly spread over a file"""
     limit: int | None = Field(default=None, ge=1)
     """so many questions of each set, and facts of the rewordings, evenly spread; null: all"""
-    dtype: str = "float32"
-    """of the generators"""
-    device: str = "cpu"
-    """cpu, cuda or cuda:N"""
 
 
 def main(cfg: RobustnessConfig) -> dict[str, Any]:
@@ -108,12 +78,13 @@ def main(cfg: RobustnessConfig) -> dict[str, Any]:
     headers = cfg.shots.headers(asked.all(), train, cfg.prompt)
     by_id = {q.id: header for q, header in zip(asked.all(), headers, strict=True)}
     where = distributed.device(cfg.device)
-    systems = Systems(parts(cfg), cfg.seed, cfg.prompt, asked.all(), by_id, cfg.dtype, where)
-    if max(cfg.ks) > len(systems.chunks):
-        raise UserError(f"ks={cfg.ks}: K is larger than the corpus of {len(systems.chunks)} chunks")
-    chosen, left_out = choose_arms(cfg, systems)
+    systems = Systems(lineup.parts(cfg), cfg.seed, cfg.prompt, asked.all(), by_id, cfg.dtype, where)
+    lineup.check_depth(cfg, systems)
+    known = [name for name in arms.ARMS if name not in CONTROLS]
+    names, left_out = lineup.choose(cfg, cfg.arms, known, systems, bool(asked.validation))
+    chosen = arms.members(*names)
     given = read_choices(cfg, chosen)
-    if needed := {stage for arm in chosen.values() for stage in stages(cfg, arm)}:
+    if needed := lineup.stages(cfg, names):
         pipeline.ensure(cfg, needed)
     with place.claimed(cfg) as out, tempfile.TemporaryDirectory(dir=out) as folder:
         edits, uneditable = counterfactual.edit(
@@ -219,43 +190,6 @@ def read_texts(cfg: RobustnessConfig) -> tuple[dict[str, list[str]], dict[str, s
     return texts, lacking
 
 
-def parts(cfg: RobustnessConfig) -> Parts:
-    """Where every part is, or will be made."""
-    made = Parts.of_home(Path(cfg.home)) if cfg.world else Parts(Path(), {}, {})
-    return Parts(
-        Path(cfg.kb) if cfg.kb else Path(cfg.home) / "data" / "kb.sqlite",
-        {**made.generators, **cfg.generators},
-        {**made.retrievers, **cfg.retrievers},
-        None if "warm" in cfg.retrievers else cfg.encoder,
-    )
-
-
-def choose_arms(cfg: RobustnessConfig, systems: Systems) -> tuple[dict[str, Arm], dict[str, str]]:
-    """The arms to run, and what the others lack; UserError for one that was asked for and lacks."""
-    chosen, left_out = {}, {}
-    for name in cfg.arms or (name for name in arms.ARMS if name not in CONTROLS):
-        arm = arms.arm(name)
-        lacking = systems.lacks(arm)
-        if lacking and cfg.arms:
-            raise UserError(f"arm {name} lacks {lacking}")
-        if lacking:
-            left_out[name] = lacking
-        else:
-            chosen[name] = arm
-    if not chosen:
-        raise UserError("there is no arm to run: give generators={base: PATH}, or a world")
-    return chosen, left_out
-
-
-def stages(cfg: RobustnessConfig, arm: Arm) -> set[str]:
-    """The stages of the world that make what the arm needs and nobody gave."""
-    if cfg.world is None:
-        return set()
-    trained = None if cfg.encoder and arm.retriever == "warm" else arm.retriever
-    made = {arm.generator} - cfg.generators.keys()
-    return made | {TRAINED_BY[trained]} if trained in TRAINED_BY.keys() - cfg.retrievers else made
-
-
 def read_choices(cfg: RobustnessConfig, chosen: Mapping[str, Arm]) -> dict[str, Choice]:
     """What an earlier comparison read each arm with; UserError for an arm it does not have."""
     if cfg.results is None:
@@ -288,23 +222,11 @@ def _lacking(asked: Asked) -> dict[str, str]:
 def _check(cfg: RobustnessConfig) -> None:
     """Raise UserError for names and numbers that cannot be, before anything is made."""
     for name in cfg.arms or ():
-        arms.arm(name)
-    if any(k < 0 for k in cfg.ks):
-        raise UserError(f"ks={cfg.ks}: a number of chunks is 0 or more")
-    for key, given, known in (
-        ("generators", cfg.generators, arms.GENERATORS),
-        ("retrievers", cfg.retrievers, tuple(TRAINED_BY)),
-    ):
-        for name in given:
-            if name not in known:
-                allowed = ", ".join(known)
-                raise UserError(
-                    f"{key}: unknown name {name!r}; allowed: {allowed}.{nearest(name, known)}"
-                )
-    if cfg.world is None and not (cfg.kb and cfg.questions and cfg.generators):
-        raise UserError(
-            "world is not given: set world=NAME, or kb=, questions= and generators= of your own"
-        )
+        if name not in arms.members(name):
+            raise UserError(
+                f"arms: {name} has two members, {' and '.join(arms.members(name))}: ask for these"
+            )
+    lineup.check(cfg)
 
 
 if __name__ == "__main__":

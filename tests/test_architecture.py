@@ -29,6 +29,7 @@ LAYERS = [
     {"cli"},
     {"trials"},
     {"sweep"},
+    {"lineup"},
     {"pipeline", "systems", "lmeval"},
     {"plan"},
     {"stages"},

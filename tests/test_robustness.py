@@ -326,6 +326,7 @@ def test_k_and_temperature_may_come_from_a_comparison(
     ("change", "message"),
     [
         ("arms=[frozen_rga]", "unknown arm 'frozen_rga'.*Did you mean 'frozen_rag'"),
+        ("arms=[router]", "router has two members, base and frozen_rag: ask for these"),
         ("arms=[ft]", r"arm ft lacks its generator: set generators=\{ft: PATH\}"),
         ("target_precision=0", "target_precision"),
         ("unrelated=nowhere.txt", "'nowhere.txt' does not exist"),

@@ -11,7 +11,16 @@ import torch
 import transformers
 from transformers import DynamicCache
 
-from methods import (
+from rag2.generator.exact import exact_logprobs
+from rag2.generator.generate import generate
+from rag2.generator.learning import answer_logprob_rows
+from rag2.generator.load import Generator
+from rag2.generator.logprob import Request, choice_logprobs
+from rag2.generator.pairs import positions
+from rag2.registry import UserError
+from rag2.tuning.full import Full
+from small_models import CONFIGS, small_tokenizer
+from tunings import (
     ADAPTERS,
     MERGED,
     TOKENS,
@@ -23,15 +32,6 @@ from methods import (
     scores,
     trained,
 )
-from rag2.generator.exact import exact_logprobs
-from rag2.generator.generate import generate
-from rag2.generator.learning import answer_logprob_rows
-from rag2.generator.load import Generator
-from rag2.generator.logprob import Request, choice_logprobs
-from rag2.generator.pairs import positions
-from rag2.registry import UserError
-from rag2.tuning.full import Full
-from small_models import CONFIGS, small_tokenizer
 
 pytestmark = pytest.mark.usefixtures("seed")
 FAMILIES = ("llama", "mistral", "qwen3", "gpt2")

@@ -13,13 +13,13 @@ from transformers import PreTrainedModel
 from exact_norms import exact_norms
 from group_runs import together
 from joint_gradients import Batch, differing, gradients
-from methods import ADAPTERS, method
 from rag2.generator.load import Generator
 from rag2.rag import Rag
 from rag2.registry import UserError
 from rag2.retriever.encoder import DualEncoder
 from rag2.training.step import OnePass, TwoPass
 from small_runs import Load, log, settings, start, weights
+from tunings import ADAPTERS, method
 
 EXACT: dict[str, Any] = {
     "dtype": "float64",

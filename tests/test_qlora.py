@@ -8,13 +8,13 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from methods import learn, method, scores, trained
 from rag2.generator.learning import answer_logprob_rows
 from rag2.generator.load import Generator
 from rag2.generator.logprob import pair_logprobs
 from rag2.registry import UserError
 from rag2.tuning.full import Full
 from small_models import small_tokenizer
+from tunings import learn, method, scores, trained
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 pytestmark = pytest.mark.usefixtures("seed")

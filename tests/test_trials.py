@@ -55,10 +55,17 @@ def ran(monkeypatch: pytest.MonkeyPatch):
 @pytest.fixture
 def given(home: Path, tmp_path: Path) -> dict[str, Any]:
     """A comparison of two methods on the small world, nothing left to be made."""
-    data = home / "data"
-    files = {"kb": "kb.sqlite", "questions": "questions.jsonl", "control": "control.jsonl"}
+    data, asked = home / "data", []
+    rows = [json.loads(line) for line in (data / "questions.jsonl").read_text().splitlines()]
+    for part, count in (("train", 4), ("validation", 12), ("test", 16)):
+        asked += [row for row in rows if row["split"] == part][:count]
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text("".join(json.dumps(row) + "\n" for row in asked))
+    control = tmp_path / "control.jsonl"
+    lines = (data / "control.jsonl").read_text().splitlines(keepends=True)
+    control.write_text("".join(lines[:4]))
     return {
-        **{name: str(data / file) for name, file in files.items()},
+        **{"kb": str(data / "kb.sqlite"), "questions": str(questions), "control": str(control)},
         **{name: str(home / name) for name in ("generator", "retriever")},
         "unrelated": str(data / "documents.jsonl"),
         "texts": 3,
@@ -67,7 +74,6 @@ def given(home: Path, tmp_path: Path) -> dict[str, Any]:
         "settings": {"steps": 2, "batch_size": 2, "objective": {"block": 32}},
         "lrs": [1e-3, 1e-2],
         "ks": [0, 1],
-        "limit": 16,
     }
 
 

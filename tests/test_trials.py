@@ -157,6 +157,7 @@ def test_a_mistake_is_told_in_one_line_before_anything_is_trained(
     assert not ran
 
 
+@pytest.mark.slow
 def test_what_validation_chooses_does_not_look_at_the_test_questions(
     recipe: Load, given: dict[str, Any], ran: list[str], tmp_path: Path
 ):

@@ -117,7 +117,7 @@ def evaluate(
         with systems.reader(generator) as reader:
             for name, arm in single.items():
                 if arm.generator == generator:
-                    done[name] = trial.attempt(
+                    done[name] = trial.run(
                         name, arm, sets, found[name], reader, rules, systems.gold, advance
                     )
         return done

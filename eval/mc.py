@@ -72,7 +72,7 @@ def main(cfg: McConfig) -> dict:
     found = {"test": arms.retrieve(asked, None, 0)}
     rules = trial.Rules([0], metrics=cfg.metrics)
     with place.claimed(cfg), progress("mc", total=len(asked)) as advance:
-        result = trial.run("base", arms.Arm("base"), sets, found, reader, rules, {}, advance)
+        result = trial.run("base", arms.Arm("base"), sets, found, reader, rules, {}, advance).result
     task = f"{Path(cfg.questions).stem} ({cfg.format}, {cfg.shots} shots)"
     summary = summarize(task, [result], seed=cfg.seed, environment=environment())
     report.write(Path(cfg.out), summary, [result])

@@ -395,7 +395,7 @@ def test_asked_one_at_a_time_an_arm_picks_what_it_picked_among_all(
     dense, sets = Dense.over(encoder.eval(), chunks), QuestionSets([], asked, asked, [], [])
     found = trial.search(Arm("base", "warm"), dense, sets, Rules([3]))
     rules = Rules([k], [reading])
-    result = trial.run("x", Arm("base", "warm"), sets, found, reader, rules, {})
+    result = trial.run("x", Arm("base", "warm"), sets, found, reader, rules, {}).result
     assert result.choice and result.k == k and result.inference_flops
     picks, read = [], []
     for question in asked:

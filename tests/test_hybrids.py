@@ -191,7 +191,7 @@ def tried(
                 values = (p, 1 - p) if question.answer == 0 else (1 - p, p)
                 reader.known[question.id, key] = np.log(values).tolist()
     rules = Rules([2] if arm.retriever else [0])
-    return trial.attempt("member", arm, sets, found, reader, rules, {})
+    return trial.run("member", arm, sets, found, reader, rules, {})
 
 
 def both(

@@ -58,7 +58,9 @@ def run(
     reading: Reading = "marginal",
     gold: Mapping[str, Sequence[int]] | None = None,
 ) -> ArmResult:
-    return trial.run("frozen_rag", ARM, sets, found, reader, Rules(ks, [reading]), gold or {})
+    return trial.run(
+        "frozen_rag", ARM, sets, found, reader, Rules(ks, [reading]), gold or {}
+    ).result
 
 
 # --- the choice ----------------------------------------------------------------------------------

@@ -235,7 +235,7 @@ class Trials:
                         at = found[arm.retriever]
                         result = trial.run(
                             name, arm, self.sets, at, reader, rules, systems.gold, advance
-                        )
+                        ).result
                         costs = systems.cost(arm) | systems.serving([arm], result)
                         done[name] = replace(result, unrelated_nats=nats, **costs)
             return done

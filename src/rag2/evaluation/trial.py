@@ -85,22 +85,11 @@ def run(
     rules: Rules,
     gold: Mapping[str, Sequence[int]],
     tick: Callable[[int], None] = lambda amount: None,
-) -> ArmResult:
-    """The arm's answers to the test questions; `gold` names the chunks that answer a question."""
-    return attempt(name, arm, sets, found, reader, rules, gold, tick).result
-
-
-def attempt(
-    name: str,
-    arm: Arm,
-    sets: QuestionSets,
-    found: Mapping[str, Found],
-    reader: Reader,
-    rules: Rules,
-    gold: Mapping[str, Sequence[int]],
-    tick: Callable[[int], None] = lambda amount: None,
 ) -> Trial:
-    """As `run`, with what hybrids need."""
+    """The arm's answers to the test questions, and what a hybrid makes of them.
+
+    `gold` names the chunks that answer a question.
+    """
     concat = rules.of(arm) if "concat" in rules.readings and arm.retriever else []
     scored = {
         part: arms.evaluate(getattr(sets, part), rows, reader, tick, concat)

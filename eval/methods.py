@@ -61,6 +61,7 @@ def main(cfg: MethodsConfig) -> dict[str, Any]:
         by_seed = {s: [*part.values()] for s, part in zip(cfg.seeds, results, strict=True)}
         about = {"seed": cfg.seeds[0], "environment": environment()}
         summary = summarize(cfg.task, [*arms.values()], **about, by_seed=by_seed)
+        summary["left_out"] = dict.fromkeys(cfg.methods.keys() - grids.keys(), "no rate trained it")
         summary["methods"] = methods.summary(arms, grids, cfg.seeds[0])
         report.write(out, summary, [*arms.values()])
         artifact.replace(out / "methods.md", methods.markdown(summary))

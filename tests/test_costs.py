@@ -29,7 +29,7 @@ from rag2.generator.load import Generator, build_llama
 from rag2.generator.prompt import Prompt
 from rag2.kb.lexical import BM25
 from rag2.kb.store import KnowledgeBase
-from rag2.registry import UserError
+from rag2.registry import UserError, lookup
 from rag2.retrieval import Dense, Gold, Lexical, Random
 from rag2.retriever.encoder import DualEncoder
 from rag2.systems import Parts, Systems
@@ -101,7 +101,7 @@ def test_the_operations_of_a_question_are_those_of_a_real_forward(
     actual = counted(lambda: score_choices(model, tokenizer, contexts, continuations))
     (tokens,) = encoded.tokens()
     thrown_away = 2 * cost.width * tokens**2
-    assert formula * 0.999 < actual < formula * 1.01 + thrown_away < formula * 1.3
+    assert formula * 0.999 < actual < formula * 1.01 + thrown_away
     if letters:
         (read,) = {len(request.context_ids) for request in encoded.requests}
         exactly_so = formula + 2 * cost.width * read * (read - 1)
@@ -119,6 +119,13 @@ def test_of_a_mixture_of_experts_nobody_knows_what_is_read():
     model: Any = nn.Module()
     model.experts = nn.Parameter(torch.zeros(4, 3, 2))
     assert operations.cost_of(model) is None
+
+
+@pytest.mark.parametrize("name", ["prompt", "prefix", "p_tuning", "dora"])
+def test_of_what_reads_more_than_the_text_no_operations_are_told(tmp_path: Path, name: str):
+    model: Any = build("llama", tmp_path, small_tokenizer())
+    assert operations.cost_of(model)
+    assert operations.cost_of(lookup("tuning", name)().apply(model)) is None
 
 
 def test_the_operations_of_a_search_are_those_of_a_real_one(

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from transformers import DynamicCache
 
 from rag2.generator.exact import exact_logprobs
@@ -231,7 +232,7 @@ def test_a_record_of_an_adapter_that_says_nonsense_is_one_line(bases: Path, tmp_
         (record | {"format": "rag2.adapter/9"}, "unknown format"),
         (record | {"tuning": {"name": "lorra"}}, "unknown tuning 'lorra'.*Did you mean 'lora'"),
         (record | {"tuning": {"name": "lora", "rank": 0}}, "cannot load generator"),
-        ({}, "cannot load generator"),
+        *((nonsense, "is damaged") for nonsense in ({}, [], {"tuning": "lora"})),
     ]
     for wrong, message in wrongs:
         (tmp_path / "rag2_adapter.json").write_text(json.dumps(wrong))
@@ -302,3 +303,26 @@ def test_dora_leaves_a_layer_with_an_output_of_zeros_as_it_is(bases: Path):
     learn(adapted.model)
     after = torch.tensor(scores(adapted))
     assert after.isfinite().all() and not torch.equal(after, torch.tensor(before))
+
+
+def test_dora_that_can_adapt_none_of_the_layers_asked_for_is_refused(bases: Path):
+    generator = Generator.load(bases / "llama")
+    with torch.no_grad():
+        for layer in generator.model.model.layers:
+            layer.self_attn.q_proj.weight[3] = 0.0
+    with pytest.raises(UserError, match="can adapt none of these, which have zero rows"):
+        generator.tuned(method("dora", target_modules=["q_proj"]))
+
+
+@pytest.mark.parametrize("name", ["lora", "prompt", "ia3"])
+def test_an_adapter_that_lacks_a_tensor_is_refused(bases: Path, tmp_path: Path, name: str):
+    """PEFT alone would leave that layer as in the base, and say nothing."""
+    generator = tuned(bases, "llama", name)
+    learn(generator.model)
+    generator.save(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    rows = load_file(file)
+    rows.pop(sorted(rows)[0])
+    save_file(rows | {"another": torch.zeros(1)}, file)
+    with pytest.raises(UserError, match="of its method is missing|'prompt_embeddings'"):
+        Generator.load(tmp_path)

@@ -94,6 +94,10 @@ def test_every_method_is_trained_at_every_rate_once_and_at_the_chosen_ones_on_ot
         for kind, arm in (("closed", name), ("rag", f"{name}_rag")):
             best = max(rate[kind] for rate in rates)
             assert rows[arm] == min(rate["lr"] for rate in rates if rate[kind] == best)
+    for row in results["methods"]["rows"]:
+        name = row["arm"].removesuffix("_rag")
+        assert results["arms"][row["arm"]]["generator"] == f"{name}@{row['lr']:g}"
+    assert results["methods"]["shared_questions"]
     assert list(results["arms"]) == [
         *("base", "frozen_rag", "full", "full_rag", "lora", "lora_rag"),
     ]
@@ -132,8 +136,18 @@ def test_a_rate_at_which_training_fails_is_told_and_not_chosen(
     results = compare(recipe, given, methods=only, lrs=[1e-3, 1e30])
     assert [rate["lr"] for rate in results["methods"]["rates"]["full"]] == [1e-3]
     assert "full@1e+30" in caplog.text and "not finite" in caplog.text
-    with pytest.raises(UserError, match="methods.full: training failed at every rate"):
+    with pytest.raises(UserError, match="training failed for all of them at every rate"):
         compare(recipe, given, methods=only, lrs=[1e30], out=given["out"] + "2")
+
+
+def test_a_method_that_cannot_be_trained_is_left_out_and_told(
+    recipe: Load, given: dict[str, Any], ran: list[str]
+):
+    bad = {"tuning": {"name": "lora", "target_modules": ["nowhere"]}}
+    only = {"full": {"tuning": "full"}, "bad": bad}
+    results = compare(recipe, given, methods=only, lrs=[1e-3])
+    assert list(results["arms"]) == ["base", "frozen_rag", "full", "full_rag"]
+    assert results["left_out"] == {"bad": "no rate trained it"}
 
 
 @pytest.mark.parametrize(
@@ -142,6 +156,10 @@ def test_a_rate_at_which_training_fails_is_told_and_not_chosen(
         ({"methods": {"full": {"tuning": "fll"}}}, "methods.full: .*'fll'.*full"),
         ({"methods": {"base": {"tuning": "full"}}}, "'base' cannot be a row"),
         ({"methods": {"x": {"lr": 1.0}}}, "x.lr is the same for all methods"),
+        ({"settings": {"seed": 9}}, "settings.seed is the same for all methods"),
+        ({"methods": {"x": {"kb": "other"}}}, "x.kb is the same for all methods"),
+        ({"ks": [0, -1]}, "greater than or equal to 0"),
+        ({"ks": [0, 99_999]}, r"ks=\[0, 99999\]: the corpus has \d+ chunks"),
         ({"lrs": [1e-3, 1e-3]}, "holds a value twice"),
         (
             {"settings": {"paraphrases_per_document": 2}},
@@ -157,10 +175,10 @@ def test_a_mistake_is_told_in_one_line_before_anything_is_trained(
     assert not ran
 
 
-@pytest.mark.slow
 def test_what_validation_chooses_does_not_look_at_the_test_questions(
     recipe: Load, given: dict[str, Any], ran: list[str], tmp_path: Path
 ):
+    given |= {"methods": {"full": {"tuning": "full"}}, "lrs": [1e-2]}
     results = compare(recipe, given)
     rows = [json.loads(line) for line in Path(given["questions"]).read_text().splitlines()]
     for row in rows:

@@ -177,6 +177,8 @@ def read_data(cfg: FinetuneConfig) -> tuple[Given, Given | None]:
     count, source = cfg.paraphrases_per_document, cfg.paraphrases
     if source:
         rewordings = read_paraphrases(Path(source), count is not None or cfg.validation > 0)
+        if not rewordings:
+            raise UserError(f"paraphrases={source}: there is none in it")
     if cfg.validation:
         rewordings, held = hold_out(rewordings, cfg.validation, cfg.seed, source)
     if source and count is not None:

@@ -143,14 +143,17 @@ class Systems:
         weights = [bytes_of(paths[name], paths.get("base", "")) for name in generators]
         if not retrievers:
             again = self.cost(*map(Arm, generators))["train_seconds"]
+            if not any(_reads_documents(run_of(paths[name])) for name in generators):
+                again = None
             return {"ship_bytes": _sum(*weights), "document_seconds": again or None}
         (name,) = retrievers
-        retriever, share = self._retrievers[name], result.retrieved_share
+        retriever = self._retrievers[name]
         search = operations.of_search(retriever, result.questions)
-        searched = search if search is None or share is None else search * share
+        if search is not None and _asks_the_closed_book(result):
+            search *= result.retrieved_share or 0.0
         return {
             "ship_bytes": _sum(*weights, shipping.retriever_bytes(retriever, self.chunks)),
-            "inference_flops": _sum(result.inference_flops, searched),
+            "inference_flops": _sum(result.inference_flops, search),
             "document_seconds": self._intake(name),
         }
 
@@ -224,6 +227,20 @@ def _sum(*parts: float | None) -> float | None:
     """The sum, or None where a part is not known."""
     known = [part for part in parts if part is not None]
     return sum(known) if len(known) == len(parts) else None
+
+
+def _asks_the_closed_book(result: ArmResult) -> bool:
+    """Whether it searches only where the closed book is not sure; else the search comes first."""
+    parameters = dict(result.choice.parameters) if result.choice else {}
+    return parameters.get("signal") == "closed_margin_at_most"
+
+
+def _reads_documents(run: Path | None) -> bool:
+    """Whether what is in a document can get into the weights by the run again."""
+    if run is None or not (run / "config.yaml").is_file():
+        return run is not None
+    objective = config.read(run / "config.yaml").get("objective")
+    return not isinstance(objective, dict) or objective.get("name") != "supervised"
 
 
 def _trained(run: Path) -> dict[str, int]:

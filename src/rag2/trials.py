@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from pydantic import Field, field_validator
@@ -53,13 +53,13 @@ class TrialsConfig(pipeline.Inputs):
     unrelated: str | None = None
     """text or JSONL that is not about the corpus, and is to stay as likely as it was"""
     texts: int = Field(default=100, ge=1)
-    """the first so many of those"""
+    """at most so many of those, evenly spread"""
     paraphrases: str | None = None
     """JSONL of rewordings, read where settings say paraphrases_per_document=1 or more"""
     generator: str | None = None
     """the base"""
     retriever: str | None = None
-    ks: list[int] = Field(default=list(select.KS), min_length=1)
+    ks: list[Annotated[int, Field(ge=0)]] = Field(default=list(select.KS), min_length=1)
     """numbers of chunks to choose from on validation; 0 is the closed book"""
     readings: list[Reading] = Field(default=["marginal"], min_length=1)
     prompt: Prompt = Prompt()
@@ -84,9 +84,21 @@ class TrialsConfig(pipeline.Inputs):
                     f"{name!r} cannot be a row: letters, digits and _, not {' or '.join(OWN)}, and "
                     "not ending in _rag"
                 )
-            for key in settings.keys() & {"lr", "seed", "out", *pipeline.Inputs.model_fields}:
-                raise ValueError(f"{name}.{key} is the same for all methods: set it outside")
+            _refuse_set_elsewhere(name, settings)
         return given
+
+    @field_validator("settings")
+    @classmethod
+    def _settings_are_free(cls, given: dict[str, Any]) -> dict[str, Any]:
+        _refuse_set_elsewhere("settings", given)
+        return given
+
+
+def _refuse_set_elsewhere(where: str, settings: Mapping[str, Any]) -> None:
+    """Raise ValueError for a setting of a run that the comparison makes."""
+    made = {"lr", "seed", "out", "device", "resume", "kb", "questions", "generator", "paraphrases"}
+    for key in settings.keys() & {*made, *pipeline.Inputs.model_fields}:
+        raise ValueError(f"{where}.{key} is the same for all methods: set it outside")
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +150,8 @@ class Trials:
             if self._rewordings(method) and not cfg.paraphrases:
                 raise UserError(f"methods.{method} learns from paraphrases: set paraphrases=FILE")
         self.sets = _sets(cfg)
+        if max(cfg.ks) > (chunks := len(self._systems([]).chunks)):
+            raise UserError(f"ks={cfg.ks}: the corpus has {chunks} chunks")
         self.texts = []
         if cfg.unrelated:
             self.texts = inputs.texts("unrelated", Path(cfg.unrelated), cfg.texts)
@@ -173,7 +187,8 @@ class Trials:
     def grade(self, runs: Sequence[Run]) -> dict[str, Grid]:
         """Right validation questions of every run, closed book and with retrieval.
 
-        Raises UserError without validation questions, and for a method that no rate could train.
+        What no rate could train is left out. Raises UserError without validation questions, and
+        where no method is left.
         """
         asked = self.sets.validation
         if not asked:
@@ -183,9 +198,13 @@ class Trials:
         found = arms.retrieve(asked, systems.retriever("warm"), max(self.cfg.ks))
         concat = self.cfg.ks if "concat" in self.cfg.readings else []
 
-        def rate(run: Run) -> Rate:
-            with systems.reader(run.name) as reader:
-                scores = arms.evaluate(asked, found, reader, advance, concat)
+        def rate(run: Run) -> Rate | None:
+            try:
+                with systems.reader(run.name) as reader:
+                    scores = arms.evaluate(asked, found, reader, advance, concat)
+            except UserError as error:  # its log-likelihoods are no numbers
+                logger.warning("seed %d, %s: %s", self.seed, run.name, error)
+                return None
             with_chunks = select.choose(scores, answers_Q, self.cfg.ks, self.cfg.readings)
             closed = float(np.mean(score.predict(scores.closed_QC) == answers_Q))
             return Rate(run.lr, closed, with_chunks.validation_accuracy)
@@ -196,13 +215,15 @@ class Trials:
         ):
             rates = list(threads.map(rate, runs))
         grids = {
-            method: Grid([r for run, r in zip(runs, rates, strict=True) if run.method == method])
+            method: Grid(
+                [r for run, r in zip(runs, rates, strict=True) if r and run.method == method]
+            )
             for method in self.cfg.methods
         }
-        for method, grid in grids.items():
-            if not grid.rates:
-                raise UserError(f"methods.{method}: training failed at every rate of lrs")
-        return grids
+        left = {method: grid for method, grid in grids.items() if grid.rates}
+        if not left:
+            raise UserError("methods: training failed for all of them at every rate of lrs")
+        return left
 
     def test(self, runs: Sequence[Run], grids: Mapping[str, Grid]) -> dict[str, ArmResult]:
         """The base and every method at its chosen rates, closed book and with retrieval."""
@@ -236,8 +257,7 @@ class Trials:
                         result = trial.run(
                             name, arm, self.sets, at, reader, rules, systems.gold, advance
                         ).result
-                        costs = systems.cost(arm) | systems.serving([arm], result)
-                        done[name] = replace(result, unrelated_nats=nats, **costs)
+                        done[name] = replace(result, unrelated_nats=nats)
             return done
 
         generators = sorted({arm.generator for arm in wanted.values()})
@@ -246,7 +266,9 @@ class Trials:
             ThreadPoolExecutor(self.cfg.jobs) as threads,
         ):
             done = {n: r for part in threads.map(run, generators) for n, r in part.items()}
-        return {name: done[name] for name in wanted}
+        # Not beside other evaluations: taking in a document is timed.
+        costs = {n: systems.cost(a) | systems.serving([a], done[n]) for n, a in wanted.items()}
+        return {name: replace(done[name], **costs[name]) for name in wanted}
 
     def _load(self, method: str, lr: float, given: Mapping[str, Any]) -> Any:
         """The configuration of train/finetune.py; UserError for a mistake in it."""

@@ -5,7 +5,6 @@ knew. The edits go through a copy of the knowledge base; the original is only re
 """
 
 import re
-import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -60,9 +59,8 @@ def edit(
     questions have no edit, by reason.
     """
     copy = folder / kb.name
-    for end in ("", "-wal"):  # what a writer has not folded in yet
-        if (source := kb.with_name(kb.name + end)).is_file():
-            shutil.copyfile(source, copy.with_name(copy.name + end))
+    with KnowledgeBase(kb) as source:
+        source.copy(copy)
     with KnowledgeBase(copy) as base:
         chunks = base.chunks()
         documents = {document.id: document for document in base.documents()}

@@ -65,7 +65,8 @@ def summary(arms: Mapping[str, ArmResult], grids: Mapping[str, Grid], seed: int)
         row |= {"difference": test.difference, "ci95": test.ci95}
         row |= {"mcnemar_p": test.mcnemar_p, "holm_p": p}
     tried = {name: [asdict(rate) for rate in grid.rates] for name, grid in grids.items()}
-    return {"rates": tried, "rows": rows}
+    asked = [question.id for question in arms["base"].questions]
+    return {"rates": tried, "rows": rows, "shared_questions": len(set(asked)) < len(asked)}
 
 
 def markdown(results: Results) -> str:
@@ -89,11 +90,22 @@ def markdown(results: Results) -> str:
         f"# Fine-tuning methods on {results['task']}",
         f"{results['n']} test questions, seeds {seeds}. Gain: in points over base, with retrieval "
         "over frozen_rag, paired by question; p is McNemar's, adjusted for all rows.",
+        *_shared(results),
         _table(lines),
         "Validation questions answered right, on the first seed:",
         _table(grid),
     ]
     return "\n\n".join(blocks) + "\n"
+
+
+def _shared(results: Results) -> list[str]:
+    if not results["methods"]["shared_questions"]:
+        return []
+    return [
+        "The seeds ask the same questions, each of which counts once a seed: intervals and p tell "
+        "of these questions under other training, not of other questions, for which they are too "
+        "small."
+    ]
 
 
 def picture(results: Results) -> bytes:

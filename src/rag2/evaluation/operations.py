@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from rag2.evaluation.workload import Cost
 from rag2.generator.choices import Encoded
+from rag2.generator.pairs import virtual_tokens
 from rag2.retrieval import Dense, Gold, Lexical, Random, Retriever
 from rag2.types import Question
 
@@ -23,10 +24,14 @@ from rag2.types import Question
 def cost_of(model: Any, head: nn.Module | None = None) -> Cost | None:
     """What a token costs a transformer whose weights are all read for it; None for experts.
 
-    An adapter's matrices count beside those they stand by; `head` makes the logits.
+    None too where more is read than the text (virtual tokens), and where weights are put together
+    anew for every forward (DoRA). An adapter's matrices count beside those they stand by; `head`
+    makes the logits.
     """
     if any(weight.ndim > 2 for weight in model.parameters()):
         return None  # a router picks some of these
+    if virtual_tokens(model) or any("magnitude" in name for name, _ in model.named_parameters()):
+        return None
     config = model.config.get_text_config()
     heads = config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // heads

@@ -138,6 +138,8 @@ def _adapted(folder: Path, dtype: str) -> Any:
         path = json.loads(peft.read_text(encoding="utf-8"))["base_model_name_or_path"]
         return lookup("tuning", "lora")().load(_base(folder, path, dtype).model, folder)
     record = json.loads(ours.read_text(encoding="utf-8"))
+    if not isinstance(record, dict) or not isinstance(record.get("tuning"), dict):
+        raise UserError(f"{ours} is damaged: it says no method")
     if record["format"] != FORMAT:
         raise UserError(f"adapter {folder}: unknown format {record['format']!r}; known: {FORMAT}")
     base = _base(folder, record["base"], dtype)

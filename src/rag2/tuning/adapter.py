@@ -1,5 +1,6 @@
 """What all methods have in common that leave the base as it is and train weights beside it."""
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -82,16 +83,23 @@ class PeftAdapter(Adapter):
         return get_peft_model(model, self._config(model))
 
     def _from(self, base: PreTrainedModel, folder: Path) -> nn.Module:
-        from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
+        from peft import PeftModel, get_peft_model_state_dict, load_peft_weights
+        from peft import set_peft_model_state_dict as restore
 
         before = set(base.parameters())
-        adapted = PeftModel.from_pretrained(base, str(folder))
+        with warnings.catch_warnings():  # of missing tensors, which are an error below
+            warnings.filterwarnings("ignore", message="Found missing adapter keys")
+            adapted = PeftModel.from_pretrained(base, str(folder))
         # Some methods make their weights in the base's half precision, or in float32 on a base in
         # float64: once more, into weights that are wide enough for what was saved.
         wide = torch.promote_types(base.dtype, torch.float32)
         for parameter in set(adapted.parameters()) - before:
             parameter.data = parameter.data.to(wide)
-        set_peft_model_state_dict(adapted, load_peft_weights(str(folder), device="cpu"))
+        saved = load_peft_weights(str(folder), device="cpu")
+        own = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+        if missing := sorted(own.keys() - saved.keys()):
+            raise UserError(f"adapter {folder}: tensor {missing[0]!r} of its method is missing")
+        restore(adapted, saved)
         return adapted
 
 

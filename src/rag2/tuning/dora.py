@@ -6,6 +6,8 @@ from typing import Any, ClassVar, Literal
 from torch import nn
 from transformers import PreTrainedModel
 
+from rag2.registry import UserError
+from rag2.tuning.adapter import linear_layers
 from rag2.tuning.low_rank import LowRank
 
 logger = logging.getLogger(__name__)
@@ -34,6 +36,15 @@ class DoRA(LowRank):
         if flat:
             logger.warning("tuning=dora leaves layers with zero rows as they are: %s", flat)
             config.exclude_modules = flat
+            if isinstance(self.target_modules, list) and not any(
+                f".{path}".endswith(f".{name}")
+                for path in set(linear_layers(model)) - set(flat)
+                for name in self.target_modules
+            ):
+                raise UserError(
+                    f"tuning.target_modules={self.target_modules}: tuning=dora can adapt none of "
+                    "these, which have zero rows; use tuning=lora"
+                )
         return config
 
 

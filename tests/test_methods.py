@@ -19,6 +19,7 @@ from rag2.generator.load import Generator
 from rag2.generator.logprob import Request, choice_logprobs
 from rag2.generator.pairs import positions
 from rag2.registry import UserError
+from rag2.tuning.bottleneck import Bottleneck
 from rag2.tuning.full import Full
 from small_models import CONFIGS, small_tokenizer
 from tunings import (
@@ -326,3 +327,39 @@ def test_an_adapter_that_lacks_a_tensor_is_refused(bases: Path, tmp_path: Path, 
     save_file(rows | {"another": torch.zeros(1)}, file)
     with pytest.raises(UserError, match="of its method is missing|'prompt_embeddings'"):
         Generator.load(tmp_path)
+
+
+@pytest.mark.parametrize(("name", "scale"), [("lora", 12 / 4), ("rslora", 12 / 2)])
+def test_an_update_is_scaled_by_its_rank_as_its_paper_says(bases: Path, name: str, scale: float):
+    base = Generator.load(bases / "llama").model.model.layers[1].self_attn.q_proj
+    adapted = tuned(bases, "llama", name, rank=4, alpha=12)
+    layer = adapted.model.base_model.model.model.layers[1].self_attn.q_proj
+    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    with torch.no_grad():
+        b.normal_()
+        inputs = torch.randn(3, base.in_features)
+        expected = base(inputs) + scale * inputs @ a.T @ b.T
+        torch.testing.assert_close(layer(inputs), expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "behind"), [("houlsby", {"o_proj", "down_proj"}), ("pfeiffer", {"down_proj"})]
+)
+def test_a_bottleneck_stands_where_its_paper_puts_it_and_starts_as_nothing(
+    bases: Path, name: str, behind: set[str]
+):
+    before = scores(Generator.load(bases / "llama"))
+    adapted = tuned(bases, "llama", name)
+    assert scores(adapted) == before
+    found = {p: m for p, m in adapted.model.named_modules() if isinstance(m, Bottleneck)}
+    assert {path.rpartition(".")[2] for path in found} == behind
+    for module in found.values():
+        with torch.no_grad():
+            for weight in (module.down, module.up):
+                weight.weight.normal_()
+                weight.bias.normal_()
+            inputs = torch.randn(3, module.layer.in_features)
+            y = module.layer(inputs)
+            inner = torch.clamp(y @ module.down.weight.T + module.down.bias, min=0)
+            expected = y + inner @ module.up.weight.T + module.up.bias
+            torch.testing.assert_close(module(inputs), expected)

@@ -11,12 +11,16 @@ import numpy as np
 import pytest
 import torch
 
-from made import exactly
+from made import exactly, make_questions
 from rag2 import config
 from rag2.evaluation import arms, confidence, counterfactual, robustness
+from rag2.evaluation import robustness_numbers as numbers
 from rag2.evaluation.arms import Item, Reader
+from rag2.evaluation.confidence import Threshold
 from rag2.evaluation.counterfactual import Edit, edited_found, replaced, stated
+from rag2.evaluation.perplexity import Perplexity
 from rag2.evaluation.questions import load_questions, question_of, split, to_row
+from rag2.evaluation.robustness import Answers, Measured
 from rag2.evaluation.select import Choice
 from rag2.generator.prompt import Prompt
 from rag2.kb.store import KnowledgeBase
@@ -104,6 +108,54 @@ def test_an_arm_as_sure_as_it_is_right_has_no_calibration_error():
     right_Q = np.concatenate([exactly(10, 40), exactly(30, 40)])
     assert confidence.calibration_error(sure_Q, right_Q) == pytest.approx(0)
     assert confidence.calibration_error(np.ones(80), right_Q) == pytest.approx(0.5)
+
+
+def test_ten_bins_see_that_one_is_too_sure_at_one_end_and_not_sure_enough_at_the_other():
+    sure_Q = np.repeat([0.65, 0.95], 40)  # of two bins there would be one, with a mean of no error
+    right_Q = np.concatenate([exactly(38, 40), exactly(26, 40)])
+    assert confidence.calibration_error(sure_Q, right_Q) == pytest.approx(0.3)
+
+
+def said(sure: Sequence[float], right: Sequence[bool]) -> Answers:
+    nothing: Any = None
+    flags_Q = np.array(right)
+    return Answers(
+        make_questions(len(right)), nothing, flags_Q.astype(int), flags_Q, np.array(sure)
+    )
+
+
+def test_what_an_arm_is_sure_of_is_told_by_whether_it_is_right_and_by_where_it_was_asked():
+    threshold = Threshold(0.5, 0.9, True, 1.0, 1.0)
+    sets = {
+        "test": said([0.9, 0.8, 0.7, 0.2, 0.1], [True, True, False, False, True]),
+        "absent": said([0.95, 0.6, 0.3, 0.15], [True, False, False, False]),
+    }
+    flags = robustness.flags_of(sets, threshold)
+    assert flags["answered"].tolist() == [True, True, True, False, False]
+    assert flags["confident_wrong"].tolist() == [False, False, True, False, False]
+    assert flags["abstained"].tolist() == [False, False, True, True]
+    # The first answer is right by chance: whoever asks learns nothing wrong.
+    assert flags["absent_confident_wrong"].tolist() == [False, True, False, False]
+
+    flags |= {name: flags["test"] for name in ("wrote_choice", "wrote_value", "wrote_right")}
+    choice = Choice(0, 1.0, float("nan"))
+    made = [
+        Measured(name, arms.Arm(name), choice, threshold, sets, flags, {})
+        for name in ("base", "ft")
+    ]
+    tokens_Q = np.full(3, 10.0)
+    surprise = {
+        name: {"unrelated": Perplexity(np.full(3, nats), tokens_Q, tokens_Q)}
+        for name, nats in (("base", 20.0), ("ft", 25.0))
+    }
+    rows = numbers.summarize("task", made, surprise, seed=0)["arms"]
+    told = rows["ft"]["abstention"]
+    # Of 5 x 4 pairs the answerable question is the surer one in 3 + 3 + 3 + 1 + 0.
+    assert told["auroc_answerable"]["value"] == pytest.approx(10 / 20)
+    # Of 3 x 2 pairs the right answer is the surer one in 2 + 2 + 0.
+    assert told["auroc_right"]["value"] == pytest.approx(4 / 6)
+    assert told["selective_accuracy"]["rate"] == pytest.approx(2 / 3)
+    assert rows["ft"]["perplexity"]["unrelated"]["to_base"]["difference"] == pytest.approx(0.5)
 
 
 # --- the almanac's own questions -----------------------------------------------------------------

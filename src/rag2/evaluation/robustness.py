@@ -104,7 +104,7 @@ def measure(
     sets = {part: answer(rows, part) for part in parts if (rows := getattr(asked, part))}
     sure = sets["validation"]
     threshold = confidence.choose_threshold(sure.confidence_Q, sure.right_Q, rules.target_precision)
-    flags = _flags(sets, threshold)
+    flags = flags_of(sets, threshold)
     flags |= _written(sets["test"], reader, choice, rules.max_new_tokens)
     edits = _edited(asked.edits, sets["test"], retriever, reader, choice)
     return Measured(name, arm, choice, threshold, sets, flags, edits)
@@ -144,7 +144,7 @@ def _choose(
     return select.choose(scores, score.answers(questions), ks, rules.readings)
 
 
-def _flags(sets: Mapping[str, Answers], threshold: Threshold) -> dict[str, Bools]:
+def flags_of(sets: Mapping[str, Answers], threshold: Threshold) -> dict[str, Bools]:
     """Yes or no per question, or per fact, of what is counted."""
     flags = {part: sets[part].right_Q for part in ("test", "control") if part in sets}
     flags["answered"] = sets["test"].confidence_Q >= threshold.value

@@ -354,12 +354,13 @@ def test_a_bottleneck_stands_where_its_paper_puts_it_and_starts_as_nothing(
     found = {p: m for p, m in adapted.model.named_modules() if isinstance(m, Bottleneck)}
     assert {path.rpartition(".")[2] for path in found} == behind
     for module in found.values():
+        layer: Any = module.layer
         with torch.no_grad():
             for weight in (module.down, module.up):
                 weight.weight.normal_()
                 weight.bias.normal_()
-            inputs = torch.randn(3, module.layer.in_features)
-            y = module.layer(inputs)
+            inputs = torch.randn(3, layer.in_features)
+            y = layer(inputs)
             inner = torch.clamp(y @ module.down.weight.T + module.down.bias, min=0)
             expected = y + inner @ module.up.weight.T + module.up.bias
             torch.testing.assert_close(module(inputs), expected)

@@ -126,6 +126,7 @@ def test_every_number_is_the_tables_whatever_is_in_it(rng: np.random.Generator):
                 arm[key] = None if rng.random() < 0.2 else float(10 ** rng.uniform(-3, 10))
             arm["k"] = [None, 0, 1, 3][rng.integers(4)]
         check(drawn, alpha=0.05)
+        assert drawn != results
 
 
 def test_a_number_that_no_cell_gave_is_caught(monkeypatch: pytest.MonkeyPatch):

@@ -1,10 +1,7 @@
 """The comparison end to end: every arm on a tiny almanac; what the real demo must show (slow)."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -14,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
+from demos import RAG_ARMS, SOURCES, lines
 from rag2 import artifact, config, stages
-from rag2.evaluation import stats
 from rag2.evaluation.arms import ARMS, NAMES, ON_REQUEST
 from rag2.evaluation.contrasts import EQUAL
 from rag2.evaluation.hybrids import HYBRIDS
@@ -26,8 +23,6 @@ from rag2.registry import UserError
 from rag2.retriever.encoder import DualEncoder
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCES = os.pathsep.join([str(ROOT / "src"), str(ROOT / "kernels")])
-RAG_ARMS = ("frozen_rag", "bm25_rag", "ft_rag", "sft_rag")
 NETWORK = "{hidden: 32, layers: 2, heads: 2, intermediate: 48}"
 YAML = {
     "pretrain": f"steps: 6\nbatch_size: 8\nnetwork: {NETWORK}\n",
@@ -92,11 +87,6 @@ def in_this_process(
             done(job.name)
 
     return run
-
-
-def lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSONL file."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 def manifest(stage: Path) -> dict[str, Any]:
@@ -370,55 +360,3 @@ def test_a_stage_that_fails_says_why_and_runs_once_it_is_mended(
     # A process of its own makes what this process made.
     assert strip_times(mended) == strip_times(results["arms"]["base"])
     assert samples(tmp_path / "out")["base"] == samples(job.folder / "out")["base"]
-
-
-# --- what the real demo must show -----------------------------------------------------------------
-
-SEEDS = (0, 1, 2)
-
-
-@pytest.fixture(scope="module")
-def demos(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
-    """`rag2 demo` with three seeds; complete stages in $RAG2_DEMO_RUNS/seed-N are reused."""
-    given = os.environ.get("RAG2_DEMO_RUNS")
-    runs = Path(given).resolve() if given else tmp_path_factory.mktemp("runs")
-    for seed in SEEDS:
-        subprocess.run(
-            [sys.executable, "-c", "from rag2.cli import main; main()"]
-            + ["demo", "--out", str(runs / f"seed-{seed}"), "--seed", str(seed)],
-            env={**os.environ, "PYTHONPATH": SOURCES},
-            check=True,
-        )
-    return {seed: runs / f"seed-{seed}" for seed in SEEDS}
-
-
-@pytest.mark.slow
-def test_three_seeds_of_the_demo_show_what_joint_training_is_for(demos: dict[int, Path]):
-    seeds = {
-        seed: json.loads((out / "results.json").read_text())["arms"] for seed, out in demos.items()
-    }
-    failures = []
-
-    def expect(seed: object, what: str, holds: bool) -> None:
-        if not holds:
-            failures.append(f"seed {seed}: {what}")
-
-    for seed, arms in seeds.items():
-        accuracy = {name: arm["accuracy"] for name, arm in arms.items()}
-        n = json.loads((demos[seed] / "results.json").read_text())["n"]
-        expect(seed, f"n = {n}", n >= 500)
-        expect(seed, f"base {accuracy['base']}", 0.19 <= accuracy["base"] <= 0.33)
-        expect(seed, f"gold_rag {accuracy['gold_rag']}", accuracy["gold_rag"] >= 0.95)
-        expect(seed, f"joint {accuracy['joint']}", accuracy["joint"] >= 0.90)
-        found, warm = arms["joint"]["recall_at_1"], arms["frozen_rag"]["recall_at_1"]
-        expect(seed, f"recall@1 {found}, warm start {warm}", found >= max(0.85, warm + 0.15))
-        expect(seed, f"frozen_rag against ft: {accuracy}", accuracy["frozen_rag"] > accuracy["ft"])
-
-    def right(arm: str) -> np.ndarray:
-        rows = [row for out in demos.values() for row in lines(out / f"samples_{arm}.jsonl")]
-        return np.array([row["acc"] == 1.0 for row in rows])
-
-    for arm in RAG_ARMS:
-        test = stats.paired(right("joint"), right(arm))
-        expect("all", f"joint against {arm}: {test}", test.difference > 0 and test.mcnemar_p < 1e-3)
-    assert not failures, "\n".join(failures)

@@ -49,7 +49,7 @@ class Literal(Reader):
 
 
 @pytest.fixture(scope="module")
-def test_questions(home: Path) -> list[Question]:
+def tested(home: Path) -> list[Question]:
     return split(load_questions(home / "data" / "questions.jsonl"), "test")
 
 
@@ -62,16 +62,16 @@ def corpus(home: Path) -> list[Chunk]:
 @pytest.fixture(scope="module")
 def edits(
     home: Path,
-    test_questions: list[Question],
+    tested: list[Question],
     corpus: list[Chunk],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> list[Edit]:
     """An edit for nearly every test question of the small world."""
-    gold = gold_chunks(test_questions, corpus)
+    gold = gold_chunks(tested, corpus)
     folder = tmp_path_factory.mktemp("edited")
-    found, left_out = counterfactual.edit(home / "data" / "kb.sqlite", folder, test_questions, gold)
-    assert len(found) + sum(left_out.values()) == len(test_questions)
-    assert len(found) > 0.9 * len(test_questions), left_out
+    found, left_out = counterfactual.edit(home / "data" / "kb.sqlite", folder, tested, gold)
+    assert len(found) + sum(left_out.values()) == len(tested)
+    assert len(found) > 0.9 * len(tested), left_out
     return found
 
 
@@ -299,14 +299,14 @@ def test_what_cannot_be_edited_says_why(corpus: list[Chunk], home: Path):
 def run(
     recipe: Callable[[str], ModuleType],
     home: Path,
-    test_questions: list[Question],
+    tested: list[Question],
     almanac: Almanac,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Callable[..., dict[str, Any]]:
     """`eval robustness` on own files: base and frozen RAG, a dozen questions of each kind."""
     module, own = recipe("eval/robustness.py"), tmp_path_factory.mktemp("own")
     questions = load_questions(home / "data" / "questions.jsonl")
-    some = [*split(questions, "validation")[:12], *test_questions[:12]]
+    some = [*split(questions, "validation")[:12], *tested[:12]]
     write(own / "questions.jsonl", map(to_row, some))
     write(own / "absent.jsonl", list(almanac.absent())[:12])
     write(own / "rewordings.jsonl", list(almanac.rewordings())[:12])

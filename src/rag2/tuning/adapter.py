@@ -1,6 +1,7 @@
 """What all methods have in common that leave the base as it is and train weights beside it."""
 
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,7 +15,7 @@ from rag2.config import Config
 from rag2.registry import UserError, nearest
 
 
-class Adapter(Config):
+class Adapter(Config, ABC):
     """A method whose trained weights are saved alone, beside the name of the base."""
 
     shards: ClassVar[bool] = False
@@ -57,11 +58,13 @@ class Adapter(Config):
             "it is used with its base"
         )
 
+    @abstractmethod
     def _around(self, model: PreTrainedModel) -> nn.Module:
-        raise NotImplementedError
+        """`model` with weights of the method's own."""
 
+    @abstractmethod
     def _from(self, base: PreTrainedModel, folder: Path) -> nn.Module:
-        raise NotImplementedError
+        """`base` with the weights that were saved in `folder`."""
 
 
 class PeftAdapter(Adapter):
@@ -73,9 +76,9 @@ class PeftAdapter(Adapter):
             return super().merge(model)
         return model.merge_and_unload()
 
+    @abstractmethod
     def _config(self, model: PreTrainedModel) -> Any:
         """The PeftConfig for `model`."""
-        raise NotImplementedError
 
     def _around(self, model: PreTrainedModel) -> nn.Module:
         from peft import get_peft_model

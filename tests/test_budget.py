@@ -217,6 +217,10 @@ def test_what_is_held_out_is_not_trained_on(recipe: Load, home: Path, paraphrase
     assert {question.split for question in held.questions} == {"validation"}
     assert len(held.questions) == 5 and not held.chunks
     for changes, message in (
+        (
+            {"objective": "raft", "paraphrases_per_document": 1},
+            "paraphrases_per_document=1: objective=raft reads none",
+        ),
         ({"validation": 1}, "validation=1: .* none are given: set paraphrases=FILE"),
         ({"validation": 999, "paraphrases": str(paraphrases)}, "rewordings of 192 documents only"),
         ({"validation": 999, "objective": "supervised"}, "has 128 such questions"),

@@ -1,5 +1,6 @@
 """Tuning methods inside the recipes: joint steps, resumed runs, batches in parts and processes."""
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -145,6 +146,18 @@ def test_eight_times_one_sequence_is_one_time_eight(
     losses = [row["loss"] for row in log(whole)]
     assert max(losses) - min(losses) > 0.1  # or equal curves say nothing
     parts = alone(recipe, home, tmp_path / "parts", objective, accumulate=8)
+    assert difference(whole, parts) <= 1e-8
+
+
+def test_the_short_last_batch_of_an_epoch_counts_whole_in_parts_too(
+    recipe: Load, home: Path, tmp_path: Path
+):
+    short: dict[str, Any] = {"epochs": 2, "question_share": 0.05}
+    whole = alone(recipe, home, tmp_path / "whole", "supervised", **short)
+    rows = log(whole)
+    steps = [b["tokens"] - a["tokens"] for a, b in itertools.pairwise(rows)]
+    assert min(steps) < max(steps) / 1.5  # the last batch has fewer rows
+    parts = alone(recipe, home, tmp_path / "parts", "supervised", **short, accumulate=4)
     assert difference(whole, parts) <= 1e-8
 
 

@@ -15,6 +15,7 @@ from rag2.registry import UserError
 from rag2.retrieval import gold_chunks
 from rag2.training.instruction import ASKED, Instruction
 from rag2.training.lessons import Given, Validation
+from rag2.training.mixed import Mixed
 from rag2.training.objectives import Supervised, Unsupervised
 from rag2.training.raft import Raft
 from rag2.types import Chunk, Question
@@ -121,7 +122,44 @@ def test_instructions_need_titles_and_room(given: Given, generator: Generator):
         Instruction().prepare(long, generator, 0)
 
 
-@pytest.mark.parametrize("objective", [Unsupervised(block=64), Supervised(), Raft(), Instruction()])
+def test_mixed_reads_documents_rewordings_and_answered_questions_in_a_seeded_order(
+    given: Given, generator: Generator
+):
+    few = Given(given.questions[:6], given.chunks[:5], given.chunks[20:23])
+    tokenizer = generator.tokenizer
+    told = [f"Question: {q.question}\nAnswer: {q.gold}" for q in few.questions]
+    texts = [*(passage.passage for passage in few.passages), *told]
+    marked = [tokenizer.bos_token + text + tokenizer.eos_token for text in texts]
+    lengths = [len(ids) for ids in tokenizer(marked, add_special_tokens=False)["input_ids"]]
+
+    orders = {}
+    for seed in (1, 2):
+        lessons = Mixed(block=100_000).prepare(few, generator, seed)
+        assert lessons.tokens_N.tolist() == [sum(lengths) - 1]
+        orders[seed] = read(Mixed(), few, generator, seed)
+        assert sorted(orders[seed]) == sorted(texts)
+    assert orders[1] != orders[2] and orders[1] == read(Mixed(), few, generator, 1)
+    assert read(Unsupervised(), few, generator, 1) == texts[:8]  # in their own order, no question
+
+
+def read(objective: Any, given: Given, generator: Generator, seed: int) -> list[str]:
+    """The texts between the marks of what an objective makes the model read."""
+    seen: list[torch.Tensor] = []
+    hook = generator.model.model.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(kwargs["input_ids"]), with_kwargs=True
+    )
+    lessons = objective.prepare(given, generator, seed)
+    with hook, torch.no_grad():
+        for row in range(len(lessons.tokens_N)):
+            lessons.nll([row])
+    tokenizer = generator.tokenizer
+    line = tokenizer.decode(torch.cat([ids[0] for ids in seen]))  # padding is a bos here
+    return line.replace(tokenizer.bos_token, "").split(tokenizer.eos_token)[:-1]
+
+
+@pytest.mark.parametrize(
+    "objective", [Unsupervised(block=64), Supervised(), Raft(), Instruction(), Mixed(block=64)]
+)
 def test_the_held_out_loss_is_the_mean_over_tokens_whatever_the_batch(
     objective: Any, given: Given, generator: Generator
 ):
@@ -143,7 +181,7 @@ def test_nothing_held_out_measures_nothing(generator: Generator):
     assert Validation(generator.model, None, 4).measure("x") == {}
 
 
-@pytest.mark.parametrize("name", ["raft", "instruction"])
+@pytest.mark.parametrize("name", ["raft", "instruction", "mixed"])
 def test_the_new_objectives_train(
     recipe: Load, home: Path, chunks: list[Chunk], tmp_path: Path, name: str
 ):

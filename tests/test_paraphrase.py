@@ -210,6 +210,8 @@ def test_only_what_decides_a_text_makes_it_be_drawn_anew(
     other = {"prompt": f"{PROMPT} ", "temperature": 0.9, "seed": 1, "fingerprint": "g"}
     for key, value in other.items():
         assert not keys & {draft.key for draft in plan(documents, 2, **given | {key: value})}
+    slot = Document("slot", "of wax", "The {text} slot")
+    assert plan([slot], 1, "{title}: {text}", 0.8, 0, "f")[0].context == "The {text} slot: of wax"
     documents[0] = Document("a", WORDED["a"][0])
     assert len(keys & {draft.key for draft in plan(documents, 2, **given)}) == 4
 
@@ -239,6 +241,7 @@ def test_when_nothing_is_good_the_line_says_why(recipe: Load, world: Path, tmp_p
         UserError, match=r"0 accepted \+ 3 rejected = 3 \(3 too long\): no rewording"
     ):
         run(recipe, world, tmp_path / "run", count=1, filter=strict)
+    assert not (tmp_path / "run/paraphrases.jsonl").exists()
     with paraphrase.alone(tmp_path / "run"), pytest.raises(UserError, match="another process is"):
         run(recipe, world, tmp_path / "run", count=1)
 

@@ -23,6 +23,8 @@ def test_a_rate_is_chosen_by_validation_for_each_use_apart_and_ties_go_to_the_sm
     assert grid.best("closed") == 1e-3 and grid.best("rag") == 1e-4
     assert grid.chosen == [1e-4, 1e-3]
     assert Grid([Rate(1e-3, 0.5, 0.6)]).chosen == [1e-3]
+    assert (grid.at_end("closed"), grid.at_end("rag")) == (False, True)  # 1e-3, 1e-4
+    assert not Grid([Rate(1e-3, 0.5, 0.6)]).at_end("rag")  # nothing was tried beside it
 
 
 def test_a_method_alone_is_compared_with_the_base_and_one_with_retrieval_with_frozen_rag():

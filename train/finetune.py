@@ -5,6 +5,7 @@ rag2 train finetune -c configs/demo/finetune.yaml tuning.name=lora steps=20 out=
 rag2 train finetune -c configs/demo/finetune.yaml objective.name=supervised out=runs/sft
 rag2 train finetune -c configs/demo/finetune.yaml objective=raft objective.passages=1 out=runs/raft
 rag2 train finetune -c configs/demo/finetune.yaml objective=instruction epochs=5 out=runs/told
+rag2 train finetune -c configs/demo/finetune.yaml objective=mixed epochs=5 out=runs/mixed
 torchrun --nproc-per-node 2 train/finetune.py -c configs/demo/finetune.yaml
 """
 
@@ -30,6 +31,7 @@ from rag2.training.objectives import Unsupervised
 from rag2.training.run import Run
 from rag2.training.sequences import read_paraphrases
 from rag2.tuning.full import Full
+from rag2.types import Chunk, Question
 
 
 class FinetuneConfig(pipeline.Inputs):
@@ -51,7 +53,7 @@ class FinetuneConfig(pipeline.Inputs):
     gradient_checkpointing: bool = False
     """compute the activations twice instead of keeping them"""
     paraphrases: str | None = None
-    """JSONL of rewordings of the documents, read beside them (unsupervised, instruction)"""
+    """JSONL of rewordings of the documents, read beside them (unsupervised, instruction, mixed)"""
     paraphrases_per_document: int | None = Field(default=None, ge=0)
     """the first so many rewordings of each document; null: all"""
     objective: Objective = Unsupervised()
@@ -154,36 +156,59 @@ def main(cfg: FinetuneConfig) -> dict[str, float]:
 
 
 def read_data(cfg: FinetuneConfig) -> tuple[Given, Given | None]:
-    """What the objective trains on, and what is held out for validation if that was asked for."""
-    chunks, rewordings, held = [], [], []
-    if "kb" in cfg.objective.needs:
+    """What the objective trains on, and what is held out for validation if that was asked for.
+
+    Held out are questions where it answers, else rewordings.
+    """
+    needs, chunks, held = cfg.objective.needs, [], None
+    if "kb" in needs:
         assert cfg.kb
         with KnowledgeBase(Path(cfg.kb)) as kb:
             chunks = kb.chunks()
         if not chunks:
             raise UserError(f"{cfg.kb}: the knowledge base is empty")
-    if "questions" in cfg.objective.needs:
-        assert cfg.questions
-        everything = load_questions(cfg.questions)
-        train = subset(split(everything, "train"), cfg.question_share, cfg.seed)
-        if cfg.validation:
-            held = split(everything, "validation")
-            if len(held) < cfg.validation:
-                raise UserError(
-                    f"validation={cfg.validation}: {cfg.questions} has {len(held)} such questions"
-                )
-            held = subset(held, cfg.validation / len(held), cfg.seed)
-        return Given(train, chunks), Given(held, chunks) if held else None
+    questions, unseen = read_questions(cfg) if "questions" in needs else ((), ())
+    rewordings, aside = read_rewordings(cfg, hold="questions" not in needs)
+    if cfg.validation:
+        # Chunks that carry loss are trained on; those that only stand in prompts are not.
+        held = Given(unseen, () if cfg.objective.reads_texts else chunks, aside)
+    return Given(questions, chunks, rewordings), held
+
+
+def read_questions(cfg: FinetuneConfig) -> tuple[list[Question], list[Question]]:
+    """The training questions, and those whose loss is measured."""
+    assert cfg.questions
+    everything, held = load_questions(cfg.questions), []
+    train = subset(split(everything, "train"), cfg.question_share, cfg.seed)
+    if cfg.validation:
+        held = split(everything, "validation")
+        if len(held) < cfg.validation:
+            raise UserError(
+                f"validation={cfg.validation}: {cfg.questions} has {len(held)} such questions"
+            )
+        held = subset(held, cfg.validation / len(held), cfg.seed)
+    return train, held
+
+
+def read_rewordings(cfg: FinetuneConfig, hold: bool) -> tuple[list[Chunk], list[Chunk]]:
+    """The rewordings that the objective reads, and those held out if it is to `hold` some."""
     count, source = cfg.paraphrases_per_document, cfg.paraphrases
+    if not cfg.objective.reads_texts:
+        if count:
+            raise UserError(
+                f"paraphrases_per_document={count}: objective={cfg.objective.name} reads none"
+            )
+        return [], []
+    rewordings, held = [], []
     if source:
         rewordings = read_paraphrases(Path(source), count is not None or cfg.validation > 0)
         if not rewordings:
             raise UserError(f"paraphrases={source}: there is none in it")
-    if cfg.validation:
+    if cfg.validation and hold:
         rewordings, held = hold_out(rewordings, cfg.validation, cfg.seed, source)
     if source and count is not None:
         rewordings = first_of_each(rewordings, count, source)
-    return Given((), chunks, rewordings), Given(paraphrases=held) if held else None
+    return rewordings, held
 
 
 if __name__ == "__main__":

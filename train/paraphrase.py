@@ -73,7 +73,10 @@ def main(cfg: ParaphraseConfig) -> dict[str, int]:
             draw(generator, drafts, done, cfg.temperature, cfg.batch_size, advance)
         rows, rejected = accepted(drafts, done, cfg.filter)
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-        artifact.replace(out / "paraphrases.jsonl", "".join(lines))
+        if lines:
+            artifact.replace(out / "paraphrases.jsonl", "".join(lines))
+        else:  # nor leave those of another filter
+            (out / "paraphrases.jsonl").unlink(missing_ok=True)
         figures = {"accepted": len(rows), "rejected": rejected.total()}
         text = json.dumps(figures | {"reasons": dict(rejected)}, indent=2) + "\n"
         artifact.replace(out / "paraphrase.json", text)

@@ -78,6 +78,7 @@ TABLES: dict[str, dict[str, str]] = {
         "supervised": "rag2.training.objectives:Supervised",
         "raft": "rag2.training.raft:Raft",
         "instruction": "rag2.training.instruction:Instruction",
+        "mixed": "rag2.training.mixed:Mixed",
     },
     "pairs": {
         "spans": "rag2.training.pairs:Spans",

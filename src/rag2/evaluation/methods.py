@@ -14,6 +14,7 @@ Kind = Literal["closed", "rag"]
 TOLD = ("k", "control_accuracy", "unrelated_nats", "trained_parameters", "train_seconds")
 TOLD += ("train_tokens", "peak_memory_bytes", "ship_bytes", "inference_flops", "document_seconds")
 KINDS: dict[Kind, str] = {"closed": "base", "rag": "frozen_rag"}  # what a row is compared with
+END = "^"  # behind a rate
 COLUMNS = tuple(c for c in (*ARMS, *COST) if c.key in TOLD)
 
 
@@ -36,6 +37,11 @@ class Grid:
         """The rate with most right validation questions; ties: the smallest."""
         return max(self.rates, key=lambda rate: (getattr(rate, kind), -rate.lr)).lr
 
+    def at_end(self, kind: Kind) -> bool:
+        """Whether that is the first or the last of several rates: a wider grid may hold better."""
+        ends = {choose(rate.lr for rate in self.rates) for choose in (min, max)}
+        return len(self.rates) > 1 and self.best(kind) in ends
+
     @property
     def chosen(self) -> list[float]:
         """The rates that the other seeds are trained at."""
@@ -54,7 +60,12 @@ def summary(arms: Mapping[str, ArmResult], grids: Mapping[str, Grid], seed: int)
     differences are paired by question; p is McNemar's, adjusted for all rows (Holm 1979).
     """
     rows = [
-        {"arm": row_name(name, kind), "lr": grid.best(kind), "against": against}
+        {
+            "arm": row_name(name, kind),
+            "lr": grid.best(kind),
+            "lr_at_end": grid.at_end(kind),
+            "against": against,
+        }
         for kind, against in KINDS.items()
         for name, grid in grids.items()
     ]
@@ -80,7 +91,8 @@ def markdown(results: Results) -> str:
         told = ["", first, "", ""]
         if row:
             gained = f"{points(row['difference'])} {interval(row['ci95'], points)}"
-            told = [f"{row['lr']:g}", first, gained, f"{row['holm_p']:.2g}"]
+            rate = f"{row['lr']:g}{END if row['lr_at_end'] else ''}"
+            told = [rate, first, gained, f"{row['holm_p']:.2g}"]
         lines.append([name, *told, *(cell(arm, column) for column in COLUMNS)])
     grid = [["method", "rate", "closed book", "with retrieval"], ["---"] * 4]
     for name, rates in results["methods"]["rates"].items():
@@ -92,7 +104,8 @@ def markdown(results: Results) -> str:
         "over frozen_rag, paired by question; p is McNemar's, adjusted for all rows.",
         *_shared(results),
         _table(lines),
-        "Validation questions answered right, on the first seed:",
+        f"Validation questions answered right, on the first seed. {END} marks a chosen rate at an "
+        "end of the grid: a wider one may hold a better.",
         _table(grid),
     ]
     return "\n\n".join(blocks) + "\n"

@@ -34,6 +34,7 @@ class Instruction(Config):
     name: Literal["instruction"] = "instruction"
 
     needs: ClassVar[frozenset[str]] = frozenset({"kb"})
+    reads_texts: ClassVar[bool] = True
 
     def prepare(self, given: Given, generator: Generator, seed: int) -> Lessons:
         """A row per passage; the tokens of its text carry loss.

@@ -27,16 +27,11 @@ class Unsupervised(Config):
     """tokens per block"""
 
     needs: ClassVar[frozenset[str]] = frozenset({"kb"})
+    reads_texts: ClassVar[bool] = True
 
     def prepare(self, given: Given, generator: Generator, seed: int) -> Lessons:
         """A row per block; every token but a block's first carries loss."""
-        texts = [passage.passage for passage in given.passages]
-        rows = blocks(texts, self.block, generator.tokenizer)
-
-        def nll(picked: Sequence[int]) -> Tensor:
-            return sequence_nll(generator.model, *collate([rows[row] for row in picked]))
-
-        return Lessons(np.array([len(row.ids_L) - 1 for row in rows]), nll)
+        return of_blocks(generator, [passage.passage for passage in given.passages], self.block)
 
 
 class Supervised(Config):
@@ -45,6 +40,7 @@ class Supervised(Config):
     name: Literal["supervised"] = "supervised"
 
     needs: ClassVar[frozenset[str]] = frozenset({"questions"})
+    reads_texts: ClassVar[bool] = False
 
     def prepare(self, given: Given, generator: Generator, seed: int) -> Lessons:
         """A row per question; the tokens of its answer carry loss."""
@@ -53,6 +49,16 @@ class Supervised(Config):
             (prompt.context(q.question, [], tokenizer).text, " " + q.gold) for q in given.questions
         ]
         return of_answers(generator, encode_pairs(tokenizer, texts))
+
+
+def of_blocks(generator: Generator, texts: Sequence[str], size: int) -> Lessons:
+    """A row per block of the texts' line; every token but a block's first carries loss."""
+    rows = blocks(texts, size, generator.tokenizer)
+
+    def nll(picked: Sequence[int]) -> Tensor:
+        return sequence_nll(generator.model, *collate([rows[row] for row in picked]))
+
+    return Lessons(np.array([len(row.ids_L) - 1 for row in rows]), nll)
 
 
 def of_answers(generator: Generator, pairs: Sequence[Pair]) -> Lessons:

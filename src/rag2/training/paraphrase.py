@@ -4,6 +4,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -58,7 +59,10 @@ def plan(
     drafts = []
     for document in documents:
         title, text = (" ".join(part.split()) for part in (document.title, document.text))
-        context = prompt.replace("{title}", title).replace("{text}", text)
+        told = {"title": title, "text": text}
+        # In one pass: a title may hold "{text}" itself.
+        pieces = re.split(r"\{(title|text)\}", prompt)
+        context = "".join(told[p] if at % 2 else p for at, p in enumerate(pieces))
         for version in range(1, count + 1):
             parts = [document.id, version, fingerprint, context, temperature, seed]
             key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()

@@ -36,6 +36,7 @@ class Raft(Config):
     """share of the questions that are shown a gold chunk"""
 
     needs: ClassVar[frozenset[str]] = frozenset({"kb", "questions"})
+    reads_texts: ClassVar[bool] = False
 
     def prepare(self, given: Given, generator: Generator, seed: int) -> Lessons:
         """A row per question with evidence; the tokens of its answer carry loss.

@@ -38,6 +38,7 @@ from rag2.evaluation.results import summarize
 from rag2.evaluation.trial import QuestionSets, Rules, Trial
 from rag2.lineup import LineupConfig
 from rag2.registry import UserError
+from rag2.retrieval import Fused
 from rag2.systems import Systems
 from rag2.training import distributed
 from rag2.training.log import Advance, progress
@@ -109,6 +110,8 @@ def evaluate(
     found = {
         name: trial.search(arm, systems.retriever(arm.retriever), sets, rules)
         for name, arm in single.items()
+        # The weight of a fused one goes by what the generator makes of its chunks.
+        if not isinstance(systems.retriever(arm.retriever), Fused)
     }
     torch.set_num_threads(1)
 
@@ -117,8 +120,20 @@ def evaluate(
         with systems.reader(generator) as reader:
             for name, arm in single.items():
                 if arm.generator == generator:
+                    if isinstance(fused := systems.retriever(arm.retriever), Fused):
+                        fused = trial.weighed(fused, sets.validation, reader, cfg.ks, cfg.readings)
+                        systems.settle(arm.retriever, fused)
+                        found[name] = trial.search(arm, fused, sets, rules)
                     done[name] = trial.run(
-                        name, arm, sets, found[name], reader, rules, systems.gold, advance
+                        name,
+                        arm,
+                        sets,
+                        found[name],
+                        reader,
+                        rules,
+                        systems.gold,
+                        advance,
+                        parameters=fused.parameters if isinstance(fused, Fused) else {},
                     )
         return done
 

@@ -203,7 +203,10 @@ def read_choices(cfg: RobustnessConfig, chosen: Mapping[str, Arm]) -> dict[str, 
         if row["k"] > max(cfg.ks):
             raise UserError(f"results={cfg.results}: arm {name!r} has K={row['k']}; raise ks")
         reading = row["reading"] if arm.retriever else "marginal"
-        choices[name] = Choice(row["k"], row["temperature"], float("nan"), reading)
+        told = tuple((row.get("parameters") or {}).items())
+        if arm.retriever == "hybrid" and not told:
+            raise UserError(f"results={cfg.results}: has no dense_weight of arm {name!r}")
+        choices[name] = Choice(row["k"], row["temperature"], float("nan"), reading, told)
     return choices
 
 

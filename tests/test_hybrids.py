@@ -2,17 +2,18 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 from scipy.special import log_softmax
 
 from made import Drawn, exactly, make_arm
-from rag2.evaluation import combined, contrasts, report, score, trial
+from rag2.evaluation import arms, combined, contrasts, report, score, trial
 from rag2.evaluation.arms import Arm, Found
 from rag2.evaluation.hybrids import Ensemble, Hybrid, Router, Said
 from rag2.evaluation.outcome import ArmResult
+from rag2.evaluation.score import Scores
 from rag2.evaluation.select import Choice
 from rag2.evaluation.trial import QuestionSets, Rules, Trial
 from rag2.retrieval import Fused
@@ -282,29 +283,68 @@ def test_a_hybrid_without_a_jointly_trained_half_is_a_rival_of_joint():
 class Listed:
     """A retriever with the same list for every question."""
 
-    def __init__(self, *ids: int) -> None:
-        self.ids = ids
+    def __init__(self, **scores: float) -> None:
+        """chunk -> score, best first; a name begins with a letter."""
+        self.scores_K = np.array([*scores.values()], dtype=np.float32)
+        self.ids_K = np.array([int(name[1:]) for name in scores])
 
     def search(self, questions: Sequence[Question], k: int) -> tuple[np.ndarray, np.ndarray]:
-        ids_QK = np.array([self.ids[:k]] * len(questions))
-        return np.zeros(ids_QK.shape, dtype=np.float32), ids_QK
+        found = self.scores_K[:k], self.ids_K[:k]
+        return np.tile(found[0], (len(questions), 1)), np.tile(found[1], (len(questions), 1))
 
 
-def test_fused_scores_are_logarithms_of_summed_reciprocal_ranks_with_ties_by_chunk_id():
-    fused = Fused(Listed(7, 5, 3, 1), Listed(2, 3, 7, 9), count=4)
-    scores_QK, ids_QK = fused.search([Question("q", "?")], 4)
-    assert ids_QK.tolist() == [[7, 3, 2, 5]]
-    expected = [1 / 61 + 1 / 63, 1 / 63 + 1 / 62, 1 / 61, 1 / 62]
-    np.testing.assert_allclose(np.exp(scores_QK[0]), expected, rtol=1e-6)
-    mirrored = Fused(Listed(8, 4), Listed(4, 8), count=2).search([Question("q", "?")], 2)
-    assert mirrored[1].tolist() == [[4, 8]], "ties"
+ASKED = [Question("q", "?"), Question("r", "?")]
+
+
+def test_fused_scores_are_weighted_sums_of_both_lists_mapped_onto_one_scale():
+    dense, lexical = Listed(c7=9.0, c5=8.0, c3=6.0, c1=5.0), Listed(c2=4.0, c3=3.0, c7=2.0, c9=0.0)
+    fused = Fused(dense, lexical, count=4, weight=0.25)
+    scores_QK, ids_QK = fused.search(ASKED, 4)
+    # 2: .75 * 1; 3: .25 * .25 + .75 * .75; 7: .25 * 1 + .75 * .5; 5: .25 * .75
+    assert ids_QK.tolist() == [[2, 3, 7, 5]] * 2
+    np.testing.assert_allclose(scores_QK[1], [0.75, 0.625, 0.625, 0.1875], rtol=1e-6)
+    for weight, alone in ((1.0, dense), (0.0, lexical)):
+        only = Fused(dense, lexical, count=4, weight=weight).search(ASKED, 3)
+        assert only[1].tolist() == alone.search(ASKED, 3)[1].tolist()
+    mirrored = Fused(Listed(c8=2.0, c4=1.0), Listed(c4=2.0, c8=1.0), count=2).search(ASKED, 2)
+    assert mirrored[1].tolist() == [[4, 8]] * 2, "ties"
+    wordless = Fused(Listed(c8=2.0, c4=1.0), Listed(c4=0.0, c8=0.0), count=2).search(ASKED, 2)
+    assert wordless[1].tolist() == [[8, 4]] * 2 and wordless[0].tolist() == [[0.5, 0.0]] * 2
+
+
+def test_the_weight_is_the_one_whose_chunks_answer_most_validation_questions(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    asked = [Question(f"q{n}", "?", ("a", "b"), 0) for n in range(4)]
+    dense = Listed(c1=10.0, c2=8.5, c3=1.0, c4=0.0)
+    lexical = Listed(c4=10.0, c3=5.0, c2=4.0, c1=0.0)
+
+    def weighed(*helpful: int) -> tuple[float, list[int]]:
+        """When one of these chunks, and no other, makes the generator answer right."""
+
+        def evaluate(questions: Any, found: Found, reader: Any, concat: Any) -> Scores:
+            helps_QK = np.isin(found.ids_QK, helpful)
+            logp_QKC = np.log(np.where(helps_QK[..., None], [0.9, 0.1], [0.1, 0.9]))
+            return Scores(logp_QKC, logp_QKC[:, 0] * 0 - 1.0, found.scores_QK, found.ids_QK)
+
+        monkeypatch.setattr(arms, "evaluate", evaluate)
+        best = trial.weighed(Fused(dense, lexical, 4), asked, cast(Any, None), [1], ["marginal"])
+        assert best.parameters == {"dense_weight": best.weight}
+        return best.weight, best.search(asked, 1)[1][:, 0].tolist()
+
+    # Chunk 2 is first where .6 / 1.45 < w < .4 / .55, chunk 1 above and chunk 4 below.
+    assert weighed(2) == (0.5, [2] * 4)
+    assert weighed(1) == (0.8, [1] * 4)
+    assert weighed(4) == (0.4, [4] * 4)
+    assert weighed(1, 2, 3, 4)[0] == weighed()[0] == 0.5  # of equals
 
 
 def test_fewer_fused_chunks_are_the_first_of_more(rng):
-    lists = [Listed(*rng.permutation(300).tolist()) for _ in range(2)]
-    asked = [Question("q", "?"), Question("r", "?")]
-    scores_QK, ids_QK = Fused(*lists, count=300).search(asked, 20)
+    lists = [
+        Listed(**{f"c{i}": -float(n) for n, i in enumerate(rng.permutation(300))}) for _ in range(2)
+    ]
+    scores_QK, ids_QK = Fused(*lists, count=300).search(ASKED, 20)
     for k in (1, 8):
-        fewer = Fused(*lists, count=300).search(asked, k)
+        fewer = Fused(*lists, count=300).search(ASKED, k)
         np.testing.assert_array_equal(fewer[0], scores_QK[:, :k])
         np.testing.assert_array_equal(fewer[1], ids_QK[:, :k])

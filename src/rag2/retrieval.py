@@ -2,9 +2,9 @@
 
 import logging
 import re
-from collections.abc import Collection, Sequence
-from dataclasses import replace
-from typing import Protocol, Self
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, Protocol, Self
 
 import numpy as np
 import pyarrow as pa
@@ -70,34 +70,68 @@ class Lexical:
         return self.bm25.search([q.question for q in questions], k)
 
 
+@dataclass(frozen=True, slots=True)
 class Fused:
-    """Reciprocal rank fusion of several retrievers (Cormack et al. 2009).
+    """Convex combination of dense and lexical scores (Bruch et al. 2023, equation 4).
 
-    RRF(z) = sum_r 1 / (60 + rank of z in list r) over the best DEPTH of each; a chunk that a list
-    does not hold gets nothing from it. score = log RRF, so that p(k|q) = RRF^(1/T) / sum of these.
+    score = w dense' + (1 - w) lexical', where s' = (s - s_min) / (s_max - s_min) over the best
+    DEPTH of a list, 0 for a chunk that it does not hold and where all its scores are equal.
+    Relations: w = 1 has the order of the dense list, w = 0 that of the lexical one.
     """
 
-    DEPTH = 100  # the same for every k: fewer chunks asked for are the first of more
+    dense: Retriever
+    lexical: Retriever
+    count: int
+    """chunks there are"""
+    weight: float = 0.5
+    """w"""
 
-    def __init__(self, *retrievers: Retriever, count: int) -> None:
-        """`count` is the number of chunks there are."""
-        self.retrievers, self.count = retrievers, count
+    @property
+    def parameters(self) -> dict[str, float]:
+        """What validation chooses of it, by name."""
+        return {"dense_weight": self.weight}
+
+    DEPTH: ClassVar = 100  # the same for every k: fewer chunks asked for are the first of more
+    WEIGHTS: ClassVar = tuple(tenth / 10 for tenth in range(11))
 
     def search(self, questions: Sequence[Question], k: int) -> tuple[np.ndarray, np.ndarray]:
         """As Retriever.search, ties by the smallest chunk id."""
+        return self.combined(self.lists(questions, k), k)
+
+    def lists(self, questions: Sequence[Question], k: int) -> list[list[dict[int, float]]]:
+        """Of each question, chunk id -> s' in the dense and in the lexical list."""
         depth = min(self.count, max(k, self.DEPTH))
-        found = [retriever.search(questions, depth)[1].tolist() for retriever in self.retrievers]
-        scores_QK = np.zeros((len(questions), k), dtype=np.float32)
-        ids_QK = np.zeros((len(questions), k), dtype=np.int64)
-        for row, lists in enumerate(zip(*found, strict=True)):
-            fused: dict[int, float] = {}
-            for ids in lists:
-                for rank, chunk in enumerate(ids, start=1):
-                    fused[chunk] = fused.get(chunk, 0.0) + 1 / (60 + rank)
+        found = (retriever.search(questions, depth) for retriever in (self.dense, self.lexical))
+        both = [
+            [
+                dict(zip(ids_K, _unit(scores_K), strict=True))
+                for scores_K, ids_K in zip(scores_QK, ids_QK.tolist(), strict=True)
+            ]
+            for scores_QK, ids_QK in found
+        ]
+        return [list(lists) for lists in zip(*both, strict=True)]
+
+    def combined(
+        self, lists_Q: Sequence[Sequence[Mapping[int, float]]], k: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """What `search` makes of these lists at this weight."""
+        scores_QK = np.zeros((len(lists_Q), k), dtype=np.float32)
+        ids_QK = np.zeros((len(lists_Q), k), dtype=np.int64)
+        for row, (dense, lexical) in enumerate(lists_Q):
+            fused = {
+                chunk: self.weight * dense.get(chunk, 0.0)
+                + (1 - self.weight) * lexical.get(chunk, 0.0)
+                for chunk in dense.keys() | lexical.keys()
+            }
             best = sorted(fused.items(), key=lambda item: (-item[1], item[0]))[:k]
-            ids_QK[row] = [chunk for chunk, _ in best]
-            scores_QK[row] = np.log([score for _, score in best])
+            ids_QK[row], scores_QK[row] = zip(*best, strict=True)
         return scores_QK, ids_QK
+
+
+def _unit(scores_K: np.ndarray) -> list[float]:
+    """Scores that are best first, mapped onto [0, 1]."""
+    spread = float(scores_K[0] - scores_K[-1])
+    return ((scores_K - scores_K[-1]) / (spread or 1.0)).tolist()
 
 
 class Random:

@@ -102,6 +102,11 @@ class Systems:
             self._retrievers[name] = self._make(name)
         return self._retrievers[name]
 
+    def settle(self, name: str | None, retriever: Retriever) -> None:
+        """Let `name` stand for this retriever from now on: what validation has chosen of it."""
+        assert name in self._retrievers
+        self._retrievers[name] = retriever
+
     def cost(self, *arms: Arm) -> dict[str, Any]:
         """What training adds to the base: seconds, tokens, weights that learned, the peak memory.
 
@@ -183,8 +188,9 @@ class Systems:
         if name == "bm25":
             return Lexical(self._bm25)
         if name == "hybrid":
-            searched = [self.retriever(part) for part in (HOLDS[name], "bm25")]
-            return Fused(*filter(None, searched), count=len(self.chunks))
+            dense, lexical = self.retriever(HOLDS[name]), self.retriever("bm25")
+            assert dense and lexical
+            return Fused(dense, lexical, len(self.chunks))
         if name == "random":
             return Random([chunk.id for chunk in self.chunks], self.seed)
         if name == "gold":

@@ -105,16 +105,21 @@ def _arm(arm: ArmResult, groups: Sequence[str], base: ArmResult | None) -> dict[
         "document_seconds": arm.document_seconds,
         "dropped_chunks": arm.dropped_chunks,
         **(_hybrid(arm) if arm.members else {}),
+        **({"parameters": chosen} if (chosen := _parameters(arm)) else {}),
     }
 
 
 def _hybrid(arm: ArmResult) -> dict[str, Any]:
     return {
         "members": arm.members,
-        "parameters": dict(arm.choice.parameters) if arm.choice else None,
         "retrieved_share": arm.retrieved_share,
         "control_retrieved_share": arm.control_retrieved_share,
     }
+
+
+def _parameters(arm: ArmResult) -> dict[str, Any]:
+    """What validation chose besides K, temperature and reading."""
+    return dict(arm.choice.parameters) if arm.choice else {}
 
 
 def _intervals(arm: ArmResult) -> dict[str, tuple[float, float]]:

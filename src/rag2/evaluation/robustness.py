@@ -4,18 +4,18 @@ Letters: Q questions, K retrieved chunks, C choices.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from rag2.evaluation import arms, confidence, score, select
+from rag2.evaluation import arms, confidence, score, select, trial
 from rag2.evaluation.arms import Arm, Found, Reader
 from rag2.evaluation.confidence import Threshold
 from rag2.evaluation.counterfactual import Edit, edited_found
 from rag2.evaluation.score import Bools, Floats, Ints, Reading
 from rag2.evaluation.select import Choice
 from rag2.generator.generate import generate
-from rag2.retrieval import Retriever
+from rag2.retrieval import Fused, Retriever
 from rag2.types import Question
 
 # Sets of questions whose evidence no corpus holds: the gold control answers them by heart.
@@ -92,8 +92,14 @@ def measure(
     """Ask the arm everything; `reader` must know the edits' chunks."""
     ks = [1] if arm.retriever == "gold" else list(rules.ks)
     depth = max(ks)
+    choice = rules.given.get(name)
+    if isinstance(retriever, Fused):
+        if choice:
+            retriever = replace(retriever, weight=choice.dense_weight)
+        else:
+            retriever = trial.weighed(retriever, asked.validation, reader, ks, rules.readings)
     found = arms.retrieve(asked.validation, retriever, depth)
-    choice = rules.given.get(name) or _choose(asked.validation, found, arm, reader, ks, rules)
+    choice = choice or _choose(asked.validation, found, arm, reader, ks, rules)
 
     def answer(questions: Sequence[Question], part: str) -> Answers:
         blind = part in WITHOUT_EVIDENCE and arm.retriever == "gold"

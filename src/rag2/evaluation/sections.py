@@ -113,6 +113,14 @@ def _selection(results: Results) -> Section | None:
     parts: list[Table | str] = [
         Table(("arm", "reading", "K chosen", "temperature", split, "test accuracy"), rows, labels=2)
     ]
+    weights = {
+        name: arm["parameters"]["dense_weight"]
+        for name, arm in results["arms"].items()
+        if "dense_weight" in (arm.get("parameters") or {})
+    }
+    if weights:
+        told = "; ".join(f"{name} {weight:g}" for name, weight in weights.items())
+        parts.append(f"Weight of the dense score against BM25's, chosen beside them: {told}.")
     if selection["oracle_test"]:
         oracle = "; ".join(
             f"{name} K = {k} ({percent(selection['oracle_test_accuracy'][name])})"
@@ -131,7 +139,7 @@ def _hybrids(results: Results) -> Section | None:
         (
             name,
             " + ".join(arm["members"]),
-            ", ".join(f"{key} = {_value(v)}" for key, v in (arm["parameters"] or {}).items())
+            ", ".join(f"{key} = {_value(v)}" for key, v in (arm.get("parameters") or {}).items())
             or "-",
             percent(arm["retrieved_share"]),
             percent(arm["control_retrieved_share"]),

@@ -30,6 +30,11 @@ class Choice:
     reading: Reading = "marginal"
     parameters: tuple[tuple[str, float | str | None], ...] = ()
 
+    @property
+    def dense_weight(self) -> float:
+        """The weight that was chosen of a fused retriever's dense score."""
+        return float(dict(self.parameters)["dense_weight"] or 0.0)
+
 
 @dataclass(frozen=True, slots=True)
 class Oracle:

@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
@@ -13,7 +14,7 @@ from rag2.evaluation.contrasts import CONTROLS
 from rag2.evaluation.outcome import ArmResult, AtK
 from rag2.evaluation.score import Reading, Scores
 from rag2.evaluation.select import Choice
-from rag2.retrieval import Retriever
+from rag2.retrieval import Fused, Retriever
 from rag2.types import Question
 
 Metric = Literal["mutual_info", "debiased"]
@@ -76,6 +77,32 @@ def search(
     return found
 
 
+def weighed(
+    retriever: Fused,
+    asked: Sequence[Question],
+    reader: Reader,
+    ks: Sequence[int],
+    readings: Sequence[Reading],
+) -> Fused:
+    """The retriever at the weight with most right answers to the questions `asked`.
+
+    Each weight with the K, temperature and reading that are best for it; ties: the weight nearest
+    .5, then the smaller.
+    """
+    answers_Q, k = score.answers(asked), max(ks)
+    lists_Q = retriever.lists(asked, k)
+    concat = ks if "concat" in readings else []
+
+    def right(fused: Fused) -> float:
+        scores_QK, ids_QK = fused.combined(lists_Q, k)
+        found = Found(scores_QK.astype(np.float64), ids_QK)
+        scores = arms.evaluate(asked, found, reader, concat=concat)
+        return select.choose(scores, answers_Q, ks, readings).validation_accuracy
+
+    tried = sorted(Fused.WEIGHTS, key=lambda weight: (abs(weight - 0.5), weight))
+    return max((replace(retriever, weight=weight) for weight in tried), key=right)
+
+
 def run(
     name: str,
     arm: Arm,
@@ -85,10 +112,12 @@ def run(
     rules: Rules,
     gold: Mapping[str, Sequence[int]],
     tick: Callable[[int], None] = lambda amount: None,
+    parameters: Mapping[str, float] = MappingProxyType({}),
 ) -> Trial:
     """The arm's answers to the test questions, and what a hybrid makes of them.
 
-    `gold` names the chunks that answer a question.
+    `gold` names the chunks that answer a question; `parameters` are what validation has chosen for
+    the retriever already.
     """
     concat = rules.of(arm) if "concat" in rules.readings and arm.retriever else []
     scored = {
@@ -99,6 +128,7 @@ def run(
     choice = None
     if arm.retriever is not None:
         choice, facts = _choose(name, arm, sets, scored, rules)
+        choice = replace(choice, parameters=tuple(parameters.items()))
     if "mutual_info" in rules.metrics:
         facts["unconditional_QC"] = reader.unconditional(sets.test)
     if "debiased" in rules.metrics:

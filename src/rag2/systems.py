@@ -17,6 +17,7 @@ from rag2.evaluation.arms import GENERATORS, Arm, Reader
 from rag2.evaluation.outcome import ArmResult
 from rag2.generator.load import Generator
 from rag2.generator.prompt import Prompt
+from rag2.kb.chunk import TokenChunker
 from rag2.kb.lexical import BM25
 from rag2.kb.store import KnowledgeBase
 from rag2.registry import UserError
@@ -73,6 +74,14 @@ class Systems:
         self._retrievers: dict[str, Retriever] = {}
         self._seconds: dict[str, float | None] = {}
         self._loading = threading.Lock()
+
+    def chunker(self) -> TokenChunker:
+        """What cut the knowledge base; UserError where its tokenizer is gone."""
+        with KnowledgeBase(self.parts.kb) as kb:
+            chunker = kb.chunker(self.parts.kb.parent / "tokenizer")
+        if chunker is None:
+            raise UserError(f"{self.parts.kb}: the tokenizer that cut it is gone")
+        return chunker
 
     def lacks(self, arm: Arm) -> str | None:
         """What the arm needs and nobody named, in words; None for an arm that can run."""

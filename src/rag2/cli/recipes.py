@@ -49,6 +49,10 @@ RECIPES = {
             "Compare fine-tuning methods, alone and with retrieval.",
             "configs/demo/methods.yaml out=runs/methods",
         ),
+        "freshness": (
+            "Change facts: update the knowledge base, or train again.",
+            "configs/demo/freshness.yaml edits=50 out=runs/freshness",
+        ),
         "open": (
             "Answer open questions in words, closed book and with retrieval.",
             "configs/hub/open_qwen3.yaml questions=q.jsonl kb=kb.sqlite out=runs/open",

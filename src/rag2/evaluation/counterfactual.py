@@ -66,7 +66,7 @@ def edit(
         documents = {document.id: document for document in base.documents()}
         planned, left_out = plan(questions, gold, chunks, documents)
         cut = _by_document(chunks)
-        edits = [row for turn in _turns(planned) for row in _apply(base, turn, documents, cut)]
+        edits = [row for turn in turns(planned) for row in _apply(base, turn, documents, cut)]
     place = {question.id: number for number, question in enumerate(questions)}
     return sorted(edits, key=lambda row: place[row.question.id]), left_out
 
@@ -181,19 +181,19 @@ class _Cuts:
         return self.spans[document.id]
 
 
-def _turns(planned: Sequence[Planned]) -> list[list[Planned]]:
+def turns(planned: Sequence[Planned]) -> list[list[Planned]]:
     """Edits that can be made together: no two of a turn change one document."""
-    turns: list[list[Planned]] = []
+    found: list[list[Planned]] = []
     taken: list[set[str]] = []
     for row in planned:
         at = next((i for i, used in enumerate(taken) if used.isdisjoint(row.documents)), None)
         if at is None:
-            at = len(turns)
-            turns.append([])
+            at = len(found)
+            found.append([])
             taken.append(set())
-        turns[at].append(row)
+        found[at].append(row)
         taken[at].update(row.documents)
-    return turns
+    return found
 
 
 def _apply(

@@ -60,10 +60,11 @@ class Near:
     def find(self, document: Document, place: str) -> str:
         """Why the document is no new one, or nothing: then it is one from now on."""
         sketch = _sketch(document.text)
-        found = [(sketch.jaccard(self._sketches[n]), -n) for n in self._index.query(sketch)]
-        best, number = max(found, default=(0.0, 0))
-        if best >= self._threshold:
-            return f"near duplicate of {self._places[-number]} ({best:.2f} similar)"
+        found = sorted(n for n in self._index.query(sketch) if isinstance(n, int))
+        similar = {n: sketch.jaccard(self._sketches[n]) for n in found}
+        best = max(similar, key=similar.__getitem__, default=-1)
+        if best >= 0 and similar[best] >= self._threshold:
+            return f"near duplicate of {self._places[best]} ({similar[best]:.2f} similar)"
         self._index.insert(len(self._sketches), sketch, check_duplication=False)
         self._sketches.append(sketch)
         self._places.append(place)

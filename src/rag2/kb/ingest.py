@@ -68,7 +68,7 @@ class Inputs:
         self.sources, self.limits = sources, limits
         self.seen: dict[str, str] = {}  # document id -> place
         self.rejected: list[Reject] = []
-        self._finders = [] if duplicates else [Exact()]
+        self._finders: list[Exact | Near] = [] if duplicates else [Exact()]
         if near is not None:
             self._finders.append(Near(near))
 

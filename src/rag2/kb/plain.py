@@ -1,5 +1,6 @@
 """Text, Markdown, JSONL and CSV -> rows; parsed in this process, in bounded memory."""
 
+import io
 import json
 import re
 from collections.abc import Iterator
@@ -38,7 +39,7 @@ def read_jsonl(path: Path, name: str) -> Iterator[Row]:
     return json_rows(path.open("rb", buffering=0), name)
 
 
-def json_rows(file: IO[bytes], name: str) -> Iterator[Row]:
+def json_rows(file: IO[bytes] | io.BufferedIOBase, name: str) -> Iterator[Row]:
     """As `read_jsonl`, of an open file, which it closes."""
     for number, line in enumerate(lines(file), 1):
         if isinstance(line, Malformed):

@@ -37,7 +37,7 @@ def read(*sources: Path | str, limits: Limits | None = None) -> Iterator[Item]:
 
 
 def printable(text: str, most: int = 500) -> str:
-    """Text on one line that a terminal only shows: what is not printable is written as in Python."""
+    """Text on one line that does nothing to a terminal: escapes for what is not printable."""
     if not text.isprintable():
         text = "".join(
             c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:most]

@@ -35,7 +35,7 @@ def decode(data: bytes) -> str:
         raise Malformed(f"malformed {error.encoding}: {error.reason}") from None
 
 
-def lines(file: IO[bytes], newline: str = "\n") -> Iterator[str | Malformed]:
+def lines(file: IO[bytes] | io.BufferedIOBase, newline: str = "\n") -> Iterator[str | Malformed]:
     """Each line of a file with its end, or why it cannot be had; at most LIMIT characters of it.
 
     `newline` is that of `open`: "" ends lines at carriage returns too. A UTF-16 or UTF-32 file

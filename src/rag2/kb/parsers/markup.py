@@ -3,8 +3,8 @@
 from html.parser import HTMLParser
 
 BLOCKS = frozenset(
-    "address article aside blockquote body br caption dd div dl dt fieldset figcaption figure footer"
-    " form h1 h2 h3 h4 h5 h6 header hr li main nav ol p pre section table tr ul".split()
+    "address article aside blockquote body br caption dd div dl dt fieldset figcaption figure"
+    " footer form h1 h2 h3 h4 h5 h6 header hr li main nav ol p pre section table tr ul".split()
 )
 APART = frozenset("h1 h2 h3 h4 h5 h6 p pre table ul ol".split())  # a blank line before
 HIDDEN = frozenset("head noscript script style svg template title".split())

@@ -92,14 +92,13 @@ def repeated(data: bytes, times: int) -> bytes:
 
 
 def laughs() -> bytes:
-    """The main part of a Word file that would be 10 GB of text: ten entities, each ten of the last."""
-    entities = "".join(
-        f'<!ENTITY {chr(98 + n)} "{f"&{chr(97 + n)};" * 10}">' for n in range(9)
-    )
-    kinds = f'<!DOCTYPE l [<!ENTITY a "aaaaaaaaaa">{entities}]>'
-    return f"<?xml version='1.0'?>{kinds}".encode() + OPEN + paragraph("x").replace(
-        "x", "&j;"
-    ).encode() + CLOSE
+    """The main part of a Word file that unpacks to 10 GB: ten entities, each ten of the last."""
+    names = "abcdefghij"
+    pairs = zip(names[1:], names, strict=False)
+    entities = "".join(f'<!ENTITY {name} "{f"&{last};" * 10}">' for name, last in pairs)
+    kinds = f'<?xml version="1.0"?><!DOCTYPE l [<!ENTITY a "aaaaaaaaaa">{entities}]>'
+    text = "<w:p><w:r><w:t>&j;</w:t></w:r></w:p>"
+    return kinds.encode() + OPEN + text.encode() + CLOSE
 
 
 def squeezed(path: Path, data: bytes, times: int) -> Path:

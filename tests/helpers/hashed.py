@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
+from functools import cache
 
 import numpy as np
 
@@ -13,10 +14,12 @@ DIMENSION = 8
 
 def vectors(texts: Sequence[str], side: str = "chunk") -> np.ndarray:
     """[N, D] of small whole numbers: every inner product is exact, and many are equal."""
-    rows = [hashlib.blake2b(text.encode(), digest_size=DIMENSION).digest() for text in texts]
-    return np.array([[byte % 7 - 3 for byte in row] for row in rows], np.float32).reshape(
-        len(texts), DIMENSION
-    )
+    return np.array([*map(_row, texts)], dtype=np.float32).reshape(len(texts), DIMENSION)
+
+
+@cache
+def _row(text: str) -> list[int]:
+    return [byte % 7 - 3 for byte in hashlib.blake2b(text.encode(), digest_size=DIMENSION).digest()]
 
 
 def embedder(fingerprint: str = "hashed") -> Embedder:

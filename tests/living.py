@@ -28,7 +28,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "helpers"))
 
-from hashed import Lines, embedder, vectors
+from hashed import embedder, vectors
+from lines import Lines
 from rag2.index.flat import Flat
 from rag2.index.generation import Generation
 from rag2.kb.store import KnowledgeBase

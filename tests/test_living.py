@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hashed import DIMENSION, Lines, embedder, vectors
+from hashed import DIMENSION, embedder, vectors
+from lines import Lines
 from rag2 import artifact
 from rag2.index.flat import Flat
 from rag2.index.generation import Generation

@@ -1,4 +1,4 @@
-"""A cheap encoder and chunker whose results can be computed beside them, exactly."""
+"""A cheap encoder whose results can be computed beside it, exactly."""
 
 import hashlib
 from collections.abc import Sequence
@@ -7,7 +7,6 @@ from functools import cache
 import numpy as np
 
 from rag2.live.view import Embedder
-from rag2.types import Document
 
 DIMENSION = 8
 
@@ -25,22 +24,3 @@ def _row(text: str) -> list[int]:
 def embedder(fingerprint: str = "hashed") -> Embedder:
     """Of these vectors."""
     return Embedder(fingerprint, DIMENSION, vectors)
-
-
-class Lines:
-    """A chunk for each line."""
-
-    fingerprint = "lines"
-
-    def model_dump_json(self) -> str:
-        """What is stored beside the chunks."""
-        return '{"name": "lines"}'
-
-    def __call__(self, document: Document) -> list[tuple[int, int]]:
-        """(start, end) of each line that is not empty."""
-        spans, start = [], 0
-        for line in document.text.split("\n"):
-            if line:
-                spans.append((start, start + len(line)))
-            start += len(line) + 1
-        return spans

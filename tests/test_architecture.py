@@ -34,7 +34,7 @@ LAYERS = [
     {"plan"},
     {"stages"},
     {"training", "evaluation"},
-    {"rag"},
+    {"rag", "live"},
     {"retrieval", "reindex"},
     {"kb", "retriever", "index", "generator", "losses", "tuning", "worlds"},
     {"config", "artifact", "hub", "modes"},

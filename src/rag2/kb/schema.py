@@ -39,6 +39,7 @@ CREATE VIRTUAL TABLE words USING fts5 (title, text, content = 'chunks', content_
 NEWER = """
 CREATE UNIQUE INDEX live_document ON documents (namespace, id) WHERE removed_version IS NULL;
 CREATE INDEX chunk_document ON chunks (namespace, document);
+CREATE INDEX chunk_added ON chunks (added_version);
 CREATE INDEX chunk_removed ON chunks (removed_version) WHERE removed_version IS NOT NULL;
 CREATE TABLE namespaces (number INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE);
 INSERT INTO namespaces VALUES (0, '');

@@ -33,6 +33,18 @@ class Put:
     chunks: int
 
 
+@dataclass(frozen=True, slots=True)
+class News:
+    """What has changed since a version: live chunks that are new, with their namespaces.
+
+    Ids of chunks that are gone may include some that came and went since.
+    """
+
+    version: int
+    added: list[tuple[str, Chunk]]
+    removed: list[int]
+
+
 class KnowledgeBase:
     """An open knowledge base; a context manager that closes it."""
 
@@ -60,7 +72,8 @@ class KnowledgeBase:
             found = self._meta("format")
             known = found in (schema.FORMAT, schema.OLD)
             sound = not known or self._db.execute("PRAGMA quick_check").fetchone()[0] == "ok"
-            if found == schema.OLD and sound:
+            self._old = found == schema.OLD and sound
+            if self._old:
                 schema.read_old(self._db)
         except sqlite3.DatabaseError:
             known, sound = False, True
@@ -82,7 +95,16 @@ class KnowledgeBase:
     @property
     def version(self) -> int:
         """Number of the last change; 0 before the first."""
-        return self._db.execute("SELECT coalesce(max(version), 0) FROM changes").fetchone()[0]
+        # A compaction forgets the changes of what is gone.
+        return self._db.execute(
+            "SELECT max(coalesce((SELECT max(version) FROM changes), 0),"
+            " coalesce((SELECT CAST(value AS INTEGER) FROM meta WHERE key = 'compacted'), 0))"
+        ).fetchone()[0]
+
+    @property
+    def oldest(self) -> int:
+        """The first version whose state can be read: the one of the last compaction, or 0."""
+        return int(self._meta("compacted") or 0)
 
     @property
     def chunker_fingerprint(self) -> str | None:
@@ -152,6 +174,66 @@ class KnowledgeBase:
         with self._transaction():
             yield
 
+    def compact(self) -> int:
+        """Erase what was removed from the file and from its log; returns the number of its chunks.
+
+        On return no byte of it is in the file or beside it, and older versions cannot be read any
+        more. Raises UserError while somebody else writes the file or reads an older state of it.
+        """
+        assert not self._db.in_transaction, "a compaction cannot be part of a batch"
+        with self._transaction():
+            version = self.version
+            gone = "removed_version IS NOT NULL"
+            chunks = self._db.execute(f"DELETE FROM chunks WHERE {gone}").rowcount
+            self._db.execute(f"DELETE FROM documents WHERE {gone}")
+            self._db.execute(  # an id may tell as much as a text
+                "DELETE FROM changes WHERE NOT EXISTS (SELECT 1 FROM documents"
+                " WHERE namespace = changes.namespace AND id = changes.document)"
+            )
+            self._words.rebuild()
+            self._db.execute("INSERT OR REPLACE INTO meta VALUES ('compacted', ?)", (str(version),))
+        # Always, and not only where rows went: an earlier compaction may have been killed here.
+        try:
+            self._db.execute("VACUUM")
+            busy, *_ = self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+        except sqlite3.OperationalError as error:
+            raise UserError(f"{self.path} cannot be compacted: {error}") from None
+        if busy:
+            raise UserError(
+                f"{self.path} is being read, which keeps erased text in its log; compact it again"
+            )
+        return chunks
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """What is read inside is of one version, whoever changes the file meanwhile."""
+        self._db.execute("BEGIN")
+        try:
+            yield
+        finally:
+            self._db.execute("COMMIT")
+
+    def since(self, version: int) -> News | None:
+        """What has changed after a version; None if a compaction has forgotten it."""
+        with self.reading():
+            if version < self.oldest:
+                return None
+            added = self._db.execute(
+                f"{CHUNK.replace('SELECT', 'SELECT namespace,')}"
+                f" WHERE added_version > ? AND {LIVE} ORDER BY id",
+                (version,),
+            ).fetchall()
+            removed = self._db.execute(
+                "SELECT id FROM chunks WHERE removed_version > ?", (version,)
+            ).fetchall()
+            found = [(row[0], Chunk(*row[1:])) for row in added]
+            return News(self.version, found, [id for (id,) in removed])
+
+    def alive(self) -> dict[int, str]:
+        """Id and namespace of every live chunk, ids increasing."""
+        query = f"SELECT id, namespace FROM chunks WHERE {LIVE} ORDER BY id"
+        return dict(self._db.execute(query).fetchall())
+
     def namespaces(self) -> list[str]:
         """The namespaces with a live document, in order of their names."""
         query = f"SELECT DISTINCT namespace FROM documents WHERE {LIVE} ORDER BY namespace"
@@ -167,9 +249,14 @@ class KnowledgeBase:
             yield Document(id, text, title, json.loads(metadata))
 
     def chunks(self, version: int | None = None) -> list[Chunk]:
-        """The chunks alive at a version (None: now), ordered by id."""
+        """The chunks alive at a version (None: now), ordered by id.
+
+        Raises UserError for a version from before the last compaction.
+        """
         if version is None:
             rows = self._db.execute(f"{CHUNK} WHERE {LIVE} ORDER BY id")
+        elif version < self.oldest:
+            raise UserError(f"{self.path}: version {version} was compacted away")
         else:
             alive = f"added_version <= :v AND ({LIVE} OR removed_version > :v)"
             rows = self._db.execute(f"{CHUNK} WHERE {alive} ORDER BY id", {"v": version})
@@ -262,10 +349,11 @@ class KnowledgeBase:
         except sqlite3.OperationalError as error:  # another writer, or a read-only file
             raise UserError(f"{self.path} cannot be changed: {error}") from None
         try:
-            if not inner:
+            if self._old and not inner:
                 schema.upgrade(self._db)
             yield
             self._db.execute("RELEASE change" if inner else "COMMIT")
+            self._old = self._old and inner
         except BaseException as error:
             if self._db.in_transaction:  # a full disk has rolled it back already
                 self._db.execute("ROLLBACK TO change" if inner else "ROLLBACK")
@@ -294,17 +382,18 @@ class KnowledgeBase:
             " VALUES (?, ?, ?, ?, ?, ?)",
             (document.id, *_fields(document), version, namespace),
         )
-        spans = chunker(document)
-        for start, end in spans:
+        rows = []
+        for start, end in chunker(document):
             text = document.text[start:end]
             row = self._db.execute(
                 'INSERT INTO chunks (document, title, text, "start", "end", added_version,'
                 " namespace) VALUES (?, ?, ?, ?, ?, ?, ?)",
                 (document.id, document.title, text, start, end, version, namespace),
             )
-            self._words.add(namespace, row.lastrowid or 0, document.title, text)
+            rows.append((row.lastrowid, document.title, text))
+        self._words.add(namespace, rows)
         self._log(version, op, document.id, namespace)
-        return len(spans)
+        return len(rows)
 
     def _bury(self, id: str, namespace: str, version: int) -> int:
         """Let a live document and its chunks end before a version; returns their number."""

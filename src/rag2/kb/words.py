@@ -16,12 +16,11 @@ class Words:
     def __init__(self, db: sqlite3.Connection) -> None:
         self._db = db
 
-    def add(self, namespace: str, id: int, title: str, text: str) -> None:
-        """Index one chunk; the table of a new namespace is made."""
+    def add(self, namespace: str, rows: Iterable[tuple[int | None, str, str]]) -> None:
+        """Index chunks: id, title, text; the table of a new namespace is made."""
         table = self._table(namespace)
-        self._db.execute(
-            f"INSERT INTO {table} (rowid, title, text) VALUES (?, ?, ?)", (id, title, text)
-        )
+        query = f"INSERT INTO {table} (rowid, title, text) VALUES (?, ?, ?)"
+        self._db.executemany(query, rows)
 
     def forget(self, namespace: str, document: str) -> None:
         """Drop the live chunks of a document; to be called while they are still live."""
@@ -50,6 +49,24 @@ class Words:
                     (match, k),
                 ).fetchall()
         return sorted(found, key=lambda hit: (-hit[1], hit[0]))[:k]
+
+    def rebuild(self) -> None:
+        """Index the live chunks anew, and them alone; a namespace without any is forgotten.
+
+        FTS5 keeps the words of what was deleted until it happens to merge them away, and
+        'optimize' leaves them where there is nothing to merge.
+        """
+        alive = f"FROM chunks WHERE namespace = ? AND {LIVE}"
+        for number, name in self._db.execute("SELECT number, name FROM namespaces").fetchall():
+            table = _name(number)
+            if number and not self._db.execute(f"SELECT 1 {alive}", (name,)).fetchone():
+                self._db.execute(f"DROP TABLE {table}")
+                self._db.execute("DELETE FROM namespaces WHERE number = ?", (number,))
+                continue
+            self._db.execute(f"INSERT INTO {table} ({table}) VALUES ('delete-all')")
+            self._db.execute(
+                f"INSERT INTO {table} (rowid, title, text) SELECT id, title, text {alive}", (name,)
+            )
 
     def _table(self, namespace: str) -> str:
         """The table of a namespace, made if it is not there."""

@@ -1,0 +1,1 @@
+"""A knowledge base that is searched while it changes: generation, delta and tombstones."""

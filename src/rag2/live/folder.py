@@ -1,0 +1,64 @@
+"""A folder of generations: publish, find the newest sound one, remove what holds erased text."""
+
+import logging
+from collections.abc import Collection
+from pathlib import Path
+
+from rag2 import artifact
+from rag2.index import generation as generations
+from rag2.index.generation import Generation
+from rag2.registry import UserError
+
+POINTER = "current"
+logger = logging.getLogger(__name__)
+
+
+def newest(folder: Path, fingerprint: str) -> Generation | None:
+    """The newest generation of an encoder that verifies; the others are warned about."""
+    for directory in reversed(_numbered(folder)):
+        try:
+            return Generation.load(directory, fingerprint)
+        except UserError as error:
+            logger.warning("%s", error)
+    return None
+
+
+def publish(generation: Generation | None, folder: Path) -> None:
+    """Commit a generation and remove those before it; None: remove all."""
+    artifact.make_folders(folder.absolute())
+    artifact.sweep(folder)
+    before = _numbered(folder)
+    if generation is None:
+        (folder / POINTER).unlink(missing_ok=True)
+    else:
+        number = int(before[-1].name) + 1 if before else 0
+        generation.save(folder / f"{number:06d}", pointer=folder / POINTER)
+    for directory in before:
+        artifact.remove(directory)
+
+
+def purge(folder: Path, alive: Collection[int]) -> list[Path]:
+    """Remove every generation that holds another chunk than these, or that cannot be read.
+
+    What a killed writer left behind goes too. Returns what was removed; a pointer to it goes first.
+    """
+    alive, removed = set(alive), artifact.sweep(folder)
+    for directory in _numbered(folder):
+        try:
+            artifact.verify(directory, kind=generations.KIND, only=generations.FILE)
+            held = set(generations.table_in(directory).column("id").to_pylist())
+        except UserError:
+            held = None
+        if held is None or not held <= alive:
+            pointer = folder / POINTER
+            if pointer.is_file() and pointer.read_text(encoding="utf-8").strip() == directory.name:
+                pointer.unlink()
+            artifact.remove(directory)
+            removed.append(directory)
+    return removed
+
+
+def _numbered(folder: Path) -> list[Path]:
+    """The directories of generations, oldest first; those that were being removed as well."""
+    found = (path for path in folder.glob("[0-9]*") if path.name.isdigit() and path.is_dir())
+    return sorted(found, key=lambda path: int(path.name))

@@ -1,0 +1,253 @@
+"""A knowledge base on disk and an encoder -> search that is never behind the last change.
+
+Any process may write the file: every search asks it for its version first, and encodes what is new.
+A generation made meanwhile of an older version is swapped in with all that is newer added and
+all that is gone left out, so that nothing is lost and nothing comes back.
+"""
+
+import logging
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Lock, RLock
+from typing import Self, TypeVar
+
+import numpy as np
+import pyarrow as pa
+
+from rag2.index.base import Backend, Blocks
+from rag2.index.generation import Generation, table_of
+from rag2.kb.chunk import Chunker
+from rag2.kb.store import KnowledgeBase, Put
+from rag2.live import folder
+from rag2.live.view import Embedder, Found, Part, View, delta_of
+from rag2.registry import UserError
+from rag2.reindex.build import Passages
+from rag2.retriever.embed import WINDOW
+from rag2.types import Document
+
+logger = logging.getLogger(__name__)
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """The chunks at a version, to build a generation of, in any thread."""
+
+    version: int
+    kb_hash: str
+    chunks: pa.Table
+    embedder: Embedder
+    view: View | None
+    """what is encoded already"""
+
+    def build(self, backend: Backend) -> Generation | None:
+        """The generation of all the chunks; None if there are none."""
+        if not len(self.chunks):
+            return None
+        index = backend.fill(Blocks(self._blocks(), self.chunks.column("id").to_numpy()))
+        made_by, count = self.embedder.fingerprint, len(self.chunks)
+        return Generation(index, self.chunks, made_by, self.version, self.kb_hash, 0, count)
+
+    def _blocks(self) -> Iterator[np.ndarray]:
+        """Embeddings [M, D] of WINDOW chunks at a time; known ones are taken as they are."""
+        ids_N, passages = self.chunks.column("id").to_numpy(), Passages(self.chunks)
+        for start in range(0, len(ids_N), WINDOW):
+            ids_M = ids_N[start : start + WINDOW]
+            if self.view is None:
+                yield self.embedder.embed(passages[start : start + WINDOW], "chunk")
+                continue
+            vectors_MD, known_M = self.view.known(ids_M)
+            new = np.flatnonzero(~known_M)
+            if new.size:
+                texts = [passages[start + row] for row in new.tolist()]
+                vectors_MD[new] = self.embedder.embed(texts, "chunk")
+            yield vectors_MD
+
+
+class Live:
+    """Searches and changes one knowledge base; safe to use from several threads."""
+
+    def __init__(
+        self,
+        path: Path | str,
+        embedder: Embedder,
+        backend: Backend,
+        generations: Path | None = None,
+    ) -> None:
+        """Open the file, and the newest sound generation of this encoder in `generations`.
+
+        What no generation holds is encoded now. Raises UserError as KnowledgeBase does.
+        """
+        self.path, self.backend, self.generations = Path(path), backend, generations
+        # A connection each: a search waits neither for a commit nor for the making of a view.
+        self._writer, self._maker, self._reader = (KnowledgeBase(path) for _ in range(3))
+        # Who needs several takes them in this order.
+        self._writing, self._making, self._seeing = RLock(), RLock(), Lock()
+        found = folder.newest(generations, embedder.fingerprint) if generations else None
+        if found is not None and not self._fits(found):
+            logger.warning("the generation in %s is of another knowledge base", generations)
+            found = None
+        self._view = self._viewed(found, embedder, None, self._maker)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file; what was changed is already safe in it."""
+        for kb in (self._writer, self._reader, self._maker):
+            kb.close()
+
+    # ----- searching -----------------------------------------------------------------------------
+
+    def view(self) -> View:
+        """The state as of the last change that anybody committed."""
+        with self._seeing:
+            if self._reader.version != self._view.version:
+                news = self._reader.since(self._view.version)
+                if news is None:  # compacted meanwhile
+                    old = self._view
+                    self._view = self._viewed(old.generation, old.embedder, old, self._reader)
+                else:
+                    self._view = self._view.after(news.version, news.added, news.removed)
+            return self._view
+
+    def search(
+        self, questions: Sequence[str], k: int, namespaces: Collection[str] | None = None
+    ) -> Found:
+        """The k best live chunks of each question, by the encoder of the view that is searched.
+
+        Only chunks of the namespaces are looked at (None: of all). Fewer if there are fewer.
+        """
+        view = self.view()
+        return view.search(view.embedder.embed(questions, "question"), k, namespaces)
+
+    def nearest(
+        self, queries_BD: np.ndarray, k: int, namespaces: Collection[str] | None = None
+    ) -> Found:
+        """The same for embeddings of questions; UserError for one that is not finite."""
+        return self.view().search(queries_BD, k, namespaces)
+
+    # ----- changing ------------------------------------------------------------------------------
+
+    def add(self, documents: Iterable[Document], chunker: Chunker, namespace: str = "") -> int:
+        """As KnowledgeBase.add; durable and searchable on return."""
+        return self._change(lambda kb: kb.add(documents, chunker, namespace))
+
+    def put(self, documents: Iterable[Document], chunker: Chunker, namespace: str = "") -> Put:
+        """As KnowledgeBase.put; durable and searchable on return."""
+        return self._change(lambda kb: kb.put(documents, chunker, namespace))
+
+    def remove(self, ids: Iterable[str], namespace: str = "") -> int:
+        """As KnowledgeBase.remove; durable and gone from every later search on return."""
+        return self._change(lambda kb: kb.remove(ids, namespace))
+
+    @contextmanager
+    def batch(self) -> Iterator[None]:
+        """Changes of this thread inside become durable and searchable together, at its end."""
+        with self._writing, self._writer.batch():
+            yield
+
+    def _change(self, change: Callable[[KnowledgeBase], Result]) -> Result:
+        with self._writing:
+            result = change(self._writer)
+        self.view()
+        return result
+
+    # ----- generations ---------------------------------------------------------------------------
+
+    def snapshot(self, embedder: Embedder | None = None) -> Snapshot:
+        """All chunks as of now, to build a generation of while changes go on; None: same encoder.
+
+        Another process needs none: it may build of `KnowledgeBase.chunks(version)` at any version.
+        """
+        view = self.view()
+        same = embedder is None or embedder.fingerprint == view.embedder.fingerprint
+        return self._snapshot(embedder or view.embedder, view if same else None)
+
+    def swap(self, generation: Generation | None, embedder: Embedder | None = None) -> None:
+        """Search this generation from now on, with every change that is newer than it.
+
+        It is committed to `generations` first. `embedder` is that of the questions, where it
+        changes with the generation. Raises UserError for a generation of another encoder, or of
+        another knowledge base.
+        """
+        embedder = embedder or self._view.embedder
+        if generation is not None:
+            if generation.encoder_fingerprint != embedder.fingerprint:
+                made_by = generation.encoder_fingerprint[:12]
+                raise UserError(
+                    f"the generation was embedded by encoder {made_by}, "
+                    f"not {embedder.fingerprint[:12]}"
+                )
+            if not self._fits(generation):
+                raise UserError(f"the generation is not of {self.path}: its chunks are others")
+        self._install(generation, embedder)
+
+    def refresh(self, embedder: Embedder | None = None) -> None:
+        """Build a generation of all that is there now and swap it in."""
+        with self._making:
+            snapshot = self.snapshot(embedder)
+            self._install(snapshot.build(self.backend), snapshot.embedder)
+
+    def compact(self) -> int:
+        """Erase what was removed, from the file, from memory and from the folder of generations.
+
+        Returns the number of chunks that the file lost. Raises UserError as KnowledgeBase.compact.
+        """
+        with self._writing, self._making:
+            chunks = self._writer.compact()
+            base = self.view().base
+            if base is not None and not base.alive_N.all():
+                self.refresh()
+            if self.generations is not None:
+                folder.purge(self.generations, set(self._maker.alive()))
+        return chunks
+
+    def _snapshot(self, embedder: Embedder, known: View | None) -> Snapshot:
+        with self._making, self._maker.reading():
+            version, kb_hash = self._maker.version, self._maker.content_hash()
+            return Snapshot(version, kb_hash, table_of(self._maker.chunks()), embedder, known)
+
+    def _install(self, generation: Generation | None, embedder: Embedder) -> None:
+        """Commit and search a generation; what was erased since it was begun is not in it."""
+        with self._making:
+            view = self._viewed(generation, embedder, self._view, self._maker)
+            if generation is not None and generation.kb_version < self._maker.oldest:
+                generation = self._snapshot(embedder, view).build(self.backend)
+                view = self._viewed(generation, embedder, view, self._maker)
+            if self.generations is not None:
+                folder.publish(generation, self.generations)
+            with self._seeing:
+                self._view = view  # what came after it is caught up with by the next search
+
+    def _fits(self, generation: Generation) -> bool:
+        """Whether the live chunks of a generation have the texts that they have in the file."""
+        with self._making, self._maker.reading():
+            alive = {chunk.id: chunk for chunk in self._maker.chunks()}
+            newest = self._maker.version
+        rows = np.flatnonzero(np.isin(generation.ids_N, np.array([*alive], dtype=np.int64)))
+        kept = generation.chunks.take(pa.array(rows))
+        same = table_of([alive[id] for id in kept.column("id").to_pylist()])
+        return generation.kb_version <= newest and kept.equals(same)
+
+    def _viewed(
+        self,
+        generation: Generation | None,
+        embedder: Embedder,
+        old: View | None,
+        kb: KnowledgeBase,
+    ) -> View:
+        """A generation and all that is newer, as of now."""
+        with kb.reading():
+            version, alive = kb.version, kb.alive()
+            held = set() if generation is None else set(generation.ids_N.tolist())
+            added = [(name, kb.chunk(id)) for id, name in alive.items() if id not in held]
+        base = None if generation is None else Part.of(generation.index, alive)
+        delta = delta_of(embedder, added, old)
+        chunks = {chunk.id: chunk for _, chunk in added}
+        return View(embedder, version, generation, base, delta, chunks)

@@ -4,6 +4,7 @@ import datetime
 import decimal
 import gzip
 import json
+from typing import Any
 
 import datasets
 import pyarrow
@@ -164,7 +165,7 @@ def test_a_parquet_file_with_a_spoiled_part_accounts_for_every_row(tmp_path, dic
 
 
 def test_a_saved_data_set_is_read_by_name_and_split(tmp_path):
-    parts = {
+    parts: Any = {
         "train": datasets.Dataset.from_dict({"text": ["one", "two"], "n": [1, 2]}),
         "test": datasets.Dataset.from_dict({"id": ["t"], "text": ["three"]}),
     }

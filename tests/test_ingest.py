@@ -237,7 +237,7 @@ def check_account(
     total = make(folder, dice, rows)
     with KnowledgeBase(folder / "kb", create=True) as kb:
         sources = sorted(folder.glob("rows.*"))
-        summary = ingest(kb, sources, chunker, duplicates=True)
+        summary = ingest(kb, sources, chunker, keep_duplicates=True)
         assert summary.accepted + len(summary.rejected) == summary.total == total
         places = [reject.place for reject in summary.rejected]
         assert len(set(places)) == len(places) and all(r.reason for r in summary.rejected)
@@ -247,7 +247,7 @@ def check_account(
             assert unicodedata.is_normalized("NFC", document.text) and "\x00" not in document.text
             json.dumps([document.id, document.title, document.metadata], allow_nan=False).encode()
         digest, version = kb.content_hash(), kb.version
-        again = ingest(kb, sources, chunker, duplicates=True)
+        again = ingest(kb, sources, chunker, keep_duplicates=True)
         assert (kb.content_hash(), kb.version) == (digest, version)
         assert again.unchanged == summary.accepted and again.rejected == summary.rejected
     return summary
@@ -343,7 +343,7 @@ def test_exact_duplicates_are_rejected_with_the_place_of_the_first(tmp_path, chu
     assert summary.rejected[0] == Reject("rows.jsonl:2", "exact duplicate of rows.jsonl:1")
     assert "exact duplicate of copy" in summary.rejected[1].reason
     assert (summary.accepted, len(summary.rejected)) == (4, 2)
-    kept = build(tmp_path / "kb2", [tmp_path / "rows.jsonl"], chunker, duplicates=True)
+    kept = build(tmp_path / "kb2", [tmp_path / "rows.jsonl"], chunker, keep_duplicates=True)
     assert kept.accepted == 4
 
 

@@ -234,6 +234,10 @@ class KnowledgeBase:
         query = f"SELECT id, namespace FROM chunks WHERE {LIVE} ORDER BY id"
         return dict(self._db.execute(query).fetchall())
 
+    def has(self, id: str, namespace: str = "") -> bool:
+        """Whether a document is live."""
+        return self._live(id, namespace) is not None
+
     def namespaces(self) -> list[str]:
         """The namespaces with a live document, in order of their names."""
         query = f"SELECT DISTINCT namespace FROM documents WHERE {LIVE} ORDER BY namespace"

@@ -11,7 +11,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from hostile import docx, page, paragraph, pdf
+from bombs import docx, page, paragraph, pdf
 from rag2.kb.build import build
 from rag2.kb.clean import clean
 from rag2.kb.read import read

@@ -306,7 +306,7 @@ def test_the_account_catches_a_planted_fault(tmp_path, whole, monkeypatch, place
 def test_a_line_of_1_gb_is_rejected_in_little_memory(tmp_path, suffix: str):
     path = tmp_path / f"a.{suffix}"
     if suffix == "jsonl.gz":
-        from hostile import squeezed
+        from bombs import squeezed
 
         squeezed(path, b"x" * 2**20, 1024)
     else:

@@ -12,7 +12,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from hostile import CLOSE, OPEN, docx_part, laughs, page, paragraph, pdf, repeated, squeezed
+from bombs import CLOSE, OPEN, docx_part, laughs, page, paragraph, pdf, repeated, squeezed
 from rag2.kb import jail
 from rag2.kb.jail import Limits
 from rag2.kb.read import read

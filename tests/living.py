@@ -28,7 +28,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "helpers"))
 
-from hashed import Lines, embedder, vectors
+from hashed import embedder, vectors
+from lines import Lines
 from rag2.index.flat import Flat
 from rag2.index.generation import Generation
 from rag2.kb.store import KnowledgeBase
@@ -48,7 +49,7 @@ WEIGHTS = {
     "remove": 12,
     "batch": 3,
     "elsewhere": 5,
-    "search": 36,
+    "search": 44,
     "words": 4,
     "launch": 3,
     "build": 4,
@@ -122,19 +123,27 @@ class World:
         self.live = self.open()
 
     def open(self) -> Live:
-        """Search what lies in the folder."""
+        """Search what lies in the folder; somebody else has it open, too."""
         path = self.folder / "kb.sqlite"
+        self.other = KnowledgeBase(path)
         return Live(path, embedder(), Flat(device="cpu"), self.folder / "generations")
 
-    def run(self, operations: int) -> None:
+    def run(self, operations: int, seconds: float) -> None:
         """So many random operations; raises Wrong at the first answer that is not the dict's."""
-        names, weights = [*WEIGHTS], [*WEIGHTS.values()]
+        names, weights, began = [*WEIGHTS], [*WEIGHTS.values()], time.monotonic()
         for _ in range(operations):
+            if time.monotonic() - began > seconds:
+                break
             name = self.dice.choices(names, weights)[0]
             self.tally[name] += 1
             getattr(self, name)()
         self.check()
+        self.close()
+
+    def close(self) -> None:
+        """All that is open."""
         self.live.close()
+        self.other.close()
 
     # ----- changes -------------------------------------------------------------------------------
 
@@ -188,19 +197,19 @@ class World:
                 self.dice.choice((self.put, self.add, self.remove))()
 
     def elsewhere(self) -> None:
-        """A change by somebody else, who opens the file."""
-        with KnowledgeBase(self.folder / "kb.sqlite") as kb:
-            self.dice.choice((self.put, self.add, self.remove))(kb)
+        """A change by somebody else."""
+        self.dice.choice((self.put, self.add, self.remove))(self.other)
 
     # ----- looking -------------------------------------------------------------------------------
 
     def search(self) -> None:
         """A query near some text, or at nothing, for more chunks than there may be."""
-        queries_BD = vectors([f"{self.dice.choice(WORDS)} {self.dice.choice(WORDS)}", "none"])
+        both = [f"{self.dice.choice(WORDS)} {self.dice.choice(WORDS)}", "none"]
+        queries_BD = vectors(both[: self.dice.choice((1, 1, 1, 2))])
         if self.dice.random() < 0.05:
             queries_BD[0] = 0
         spaces = self.dice.choice((None, None, [""], ["a"], ["b"], ["a", "b"], [], ["nobody"]))
-        k = self.dice.choice((1, 2, 3, 5, 10, 100))
+        k = self.dice.choice((1, 1, 2, 3, 3, 5, 10, 100))
         found = self.live.nearest(queries_BD, k, spaces)
         rows = self.oracle.rows(spaces)
         for b, query_D in enumerate(queries_BD):
@@ -213,19 +222,17 @@ class World:
     def words(self) -> None:
         """A word, which has to be in the hits and in no other chunk."""
         word, spaces = self.dice.choice(WORDS), self.dice.choice((None, [""], ["a", "b"]))
-        with KnowledgeBase(self.folder / "kb.sqlite") as kb:
-            found = {id for id, _ in kb.search_text(word, 1000, spaces)}
+        found = {id for id, _ in self.other.search_text(word, 1000, spaces)}
         rows = self.oracle.rows(spaces)
         same(found, {id for id, text in rows.items() if word in text}, "chunks with a word")
 
     def check(self) -> None:
         """Everything that is there."""
-        with KnowledgeBase(self.folder / "kb.sqlite") as kb:
-            same(kb.version, self.oracle.version, "the version")
-            for space in SPACES:
-                live = {d.id: d for d in kb.documents(space)}
-                want = {id: d for (s, id), d in self.oracle.documents.items() if s == space}
-                same(live, want, f"documents of {space!r}")
+        same(self.other.version, self.oracle.version, "the version")
+        for space in SPACES:
+            live = {d.id: d for d in self.other.documents(space)}
+            want = {id: d for (s, id), d in self.oracle.documents.items() if s == space}
+            same(live, want, f"documents of {space!r}")
         query_BD = vectors(["everything"])
         found = self.live.nearest(query_BD, 10_000)
         same(found.ids_BK[0].tolist(), self.oracle.nearest(query_BD[0], 10_000, None)[1], "all")
@@ -250,7 +257,7 @@ class World:
 
     def reopen(self) -> None:
         """An end in order; what was being built is built by nobody any more."""
-        self.live.close()
+        self.close()
         self.launched.clear()
         self.live = self.open()
         self.check()
@@ -273,7 +280,7 @@ class World:
             )
             shutil.copytree(self.root / str(self.places - 1), self.folder, ignore=ignore)
             raise ZeroDivisionError
-        self.live.close()
+        self.close()
         shutil.rmtree(self.root / str(self.places - 1))
         if self.dice.random() < 0.1:
             for damaged in self.folder.glob("generations/*/chunks.arrow"):
@@ -358,17 +365,19 @@ FAULTS: dict[str, Callable[[], Any]] = {
 }
 
 
-def explore(operations: int, seed: int, fault: str | None = None) -> dict[str, Any]:
+def explore(
+    operations: int, seed: int, fault: str | None = None, seconds: float = 1e9
+) -> dict[str, Any]:
     """What came of so many operations; `wrong` is the first difference."""
     began, wrong = time.monotonic(), None
     with tempfile.TemporaryDirectory(prefix="rag2-living-", dir=MEMORY) as folder:
         with FAULTS[fault]() if fault else contextlib.nullcontext():
             world = World(Path(folder), seed, fault)
             try:
-                world.run(operations)
+                world.run(operations, seconds)
             except (Wrong, KeyError) as error:
                 wrong = f"{type(error).__name__}: {error}"
-                world.live.close()
+                world.close()
     return {
         "seed": seed,
         "fault": fault,
@@ -386,10 +395,11 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description="Random operations beside a dict.")
     arguments.add_argument("--operations", type=int, default=20_000)
     arguments.add_argument("--seed", type=int, default=secrets.randbits(31))
+    arguments.add_argument("--minutes", type=float, default=1e9, help="end after this long, too")
     arguments.add_argument("--fault", choices=sorted(FAULTS))
     asked = arguments.parse_args()
     sys.stderr.write(f"seed {asked.seed}\n")
-    found = explore(asked.operations, asked.seed, asked.fault)
+    found = explore(asked.operations, asked.seed, asked.fault, 60 * asked.minutes)
     sys.stdout.write(json.dumps(found) + "\n")
     sys.exit(1 if found["wrong"] else 0)
 

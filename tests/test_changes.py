@@ -111,7 +111,7 @@ def test_what_others_hold_changes_no_score_of_a_namespace(kb, dice, chunker):
 def old_file(path: Path) -> None:
     """A file of format 1, as the version before wrote it, from one of format 2."""
     db = sqlite3.connect(path, isolation_level=None)
-    for index in ("live_document", "chunk_document", "chunk_removed"):
+    for index in ("live_document", "chunk_document", "chunk_added", "chunk_removed"):
         db.execute(f"DROP INDEX {index}")
     for table in ("documents", "chunks", "changes"):
         db.execute(f"ALTER TABLE {table} DROP COLUMN namespace")

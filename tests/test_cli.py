@@ -53,6 +53,7 @@ def test_version_and_help_succeed(capsys: pytest.CaptureFixture[str]):
         ["kb", "list"],
         ["kb", "show"],
         ["kb", "search"],
+        *(["kb", name] for name in ("add", "update", "remove", "compact", "export")),
     ],
 )
 def test_the_help_of_every_command_has_an_example(
@@ -257,7 +258,19 @@ def test_impossible_chunk_settings_are_refused(
         assert str(unknown or "not set") in told
 
 
-@pytest.mark.parametrize("words", [["list"], ["show", "x"], ["search", "x"]])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["list"],
+        ["show", "x"],
+        ["search", "x"],
+        ["add", "x.md"],
+        ["update", "x.md"],
+        ["remove", "x"],
+        ["compact"],
+        ["export", "x.jsonl"],
+    ],
+)
 def test_a_missing_knowledge_base_is_a_users_mistake(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str]
 ):

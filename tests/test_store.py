@@ -11,8 +11,9 @@ import time
 
 import pytest
 
-from rag2.kb.build import Reject, build
+from rag2.kb.build import build
 from rag2.kb.chunk import TokenChunker
+from rag2.kb.ingest import Reject
 from rag2.kb.store import KnowledgeBase
 from rag2.registry import UserError
 from rag2.types import Document
@@ -189,10 +190,11 @@ def test_a_build_keeps_the_good_rows_and_accounts_for_the_rest(tmp_path, chunker
     (tmp_path / "t.csv").write_text(table.getvalue())
     path = tmp_path / "out/kb.sqlite"
     summary = build(path, [tmp_path / "docs", tmp_path / "t.csv"], chunker)
+    allowed = ".txt, .md, .jsonl, .csv, .html, .htm, .pdf, .docx, .parquet, .jsonl.gz"
     assert summary.rejected == [
         Reject("rows.jsonl:2", "no text"),
         Reject("rows.jsonl:3", "duplicate id 'a', first used at rows.jsonl:1"),
-        Reject("x.bin", "unknown file type '.bin'; allowed: .txt, .md, .jsonl, .csv"),
+        Reject("x.bin", f"unknown file type '.bin'; allowed: {allowed}"),
         Reject("t.csv:3", "duplicate id 'a', first used at rows.jsonl:1"),
     ]
     assert (summary.accepted, summary.total, summary.chunks) == (3, 7, 3)

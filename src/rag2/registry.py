@@ -16,10 +16,20 @@ TABLES: dict[str, dict[str, str]] = {
         "factbook": "rag2.worlds.factbook:Factbook",
     },
     "reader": {
-        "txt": "rag2.kb.read:read_text",
-        "md": "rag2.kb.read:read_markdown",
-        "jsonl": "rag2.kb.read:read_jsonl",
-        "csv": "rag2.kb.read:read_csv",
+        "txt": "rag2.kb.plain:read_text",
+        "md": "rag2.kb.plain:read_markdown",
+        "jsonl": "rag2.kb.plain:read_jsonl",
+        "csv": "rag2.kb.plain:read_csv",
+    },
+    # Readers that run in a child process with limits; hf is for names of data sets.
+    "parser": {
+        "html": "rag2.kb.parsers.html:read_html",
+        "htm": "rag2.kb.parsers.html:read_html",
+        "pdf": "rag2.kb.parsers.pdf:read_pdf",
+        "docx": "rag2.kb.parsers.docx:read_docx",
+        "parquet": "rag2.kb.parsers.arrow:read_parquet",
+        "jsonl.gz": "rag2.kb.parsers.gz:read_jsonl_gz",
+        "hf": "rag2.kb.parsers.arrow:read_dataset",
     },
     "task": {
         "mmlu": "rag2.evaluation.tasks.mmlu:read",

@@ -9,7 +9,7 @@ from typer.exceptions import TyperException
 
 from rag2 import __version__
 from rag2.cli.advise import advise
-from rag2.cli.kb import commands as kb_commands
+from rag2.cli.kb_changes import commands as kb_commands
 from rag2.cli.recipes import groups, run_recipe
 from rag2.cli.terminal import SETTINGS, status
 from rag2.registry import UserError

@@ -10,16 +10,41 @@ from rag2.cli.terminal import SETTINGS, status
 from rag2.registry import UserError, nearest
 
 if TYPE_CHECKING:
-    from rag2.kb.build import Summary
+    from rag2.kb.ingest import Summary
 
-commands = typer.Typer(help="Build and read a knowledge base.", **SETTINGS)
+commands = typer.Typer(help="Build, change and read a knowledge base.", **SETTINGS)
 KB = Annotated[Path, typer.Argument(metavar="KB", help="The knowledge base, an SQLite file.")]
+Sources = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="SOURCE...",
+        help="Files (txt, md, html, pdf, docx, csv, jsonl, jsonl.gz, parquet), folders of them, or"
+        " hf:NAME[:SPLIT]: a data set of the hub or a folder that `datasets` saved.",
+    ),
+]
+KeepDuplicates = Annotated[
+    bool, typer.Option("--keep-duplicates", help="Take a text that was there before, too.")
+]
+NearDuplicates = Annotated[
+    float | None,
+    typer.Option(
+        "--near",
+        metavar="SHARE",
+        help="Also reject a text that shares so much with one before, as .9: beware where texts"
+        " differ in one fact only.",
+    ),
+]
+Seconds = Annotated[
+    float,
+    typer.Option(min=1, help="Longest time a parser may take for a document, then it is rejected."),
+]
+Only = Annotated[str | None, typer.Option("--namespace", help="Of this namespace alone.")]
 
 
 @commands.command("build")
 def kb_build(
     path: KB,
-    sources: Annotated[list[Path], typer.Argument(metavar="SOURCE...", help="Files or folders.")],
+    sources: Sources,
     tokenizer: Annotated[
         str,
         typer.Option(
@@ -30,6 +55,9 @@ def kb_build(
     tokens: Annotated[int, typer.Option(min=1, help="Longest chunk, in tokens.")] = 128,
     overlap: Annotated[int, typer.Option(min=0, help="Shared by neighbours, in tokens.")] = 16,
     strict: Annotated[bool, typer.Option(help="Any reject: write nothing, exit with 2.")] = False,
+    keep_duplicates: KeepDuplicates = False,
+    near: NearDuplicates = None,
+    seconds: Seconds = 60.0,
 ) -> None:
     """Read documents, cut them into chunks and write a new knowledge base.
 
@@ -41,10 +69,13 @@ def kb_build(
       rag2 kb build docs.sqlite handbook.md notes/ faq.jsonl
       rag2 kb build docs.sqlite faq.jsonl --tokens 64 --overlap 8 --strict
       rag2 kb build docs.sqlite docs/ --tokenizer BAAI/bge-small-en-v1.5
+      rag2 kb build docs.sqlite manual.pdf letters/*.docx site/ --near 0.9 --seconds 120
+      rag2 kb build docs.sqlite facts.parquet hf:saved/wiki:train --keep-duplicates
     """
     from rag2.config import load
     from rag2.kb.build import build
     from rag2.kb.chunk import TokenChunker
+    from rag2.kb.jail import Limits
 
     settings = [
         f"tokens={tokens}",
@@ -53,8 +84,9 @@ def kb_build(
     ]
     chunker = load(TokenChunker, None, settings)
     with status(f"building {path}"):
-        summary = build(path, sources, chunker, strict)
-    _report(summary)
+        limits = Limits(seconds=seconds)
+        summary = build(path, sources, chunker, strict, keep_duplicates, near, limits)
+    report(summary)
     if strict and summary.rejected:
         raise UserError(
             f"{len(summary.rejected)} documents were rejected (--strict); {path} was not written"
@@ -62,26 +94,28 @@ def kb_build(
 
 
 @commands.command("list")
-def kb_list(path: KB) -> None:
-    """List the documents: id, number of chunks, title.
+def kb_list(path: KB, namespace: Only = None) -> None:
+    """List the documents: id, number of chunks, title, and the namespace where it has a name.
 
     \b
-    Example:
+    Examples:
       rag2 kb list docs.sqlite
+      rag2 kb list docs.sqlite --namespace acme
     """
-    from collections import Counter
-
     from rag2.kb.store import KnowledgeBase
 
     with KnowledgeBase(path) as base:
-        chunks = Counter(chunk.document for chunk in base.chunks())
-        for document in base.documents():
-            typer.echo(f"{document.id}\t{chunks[document.id]}\t{document.title}")
+        for name in base.namespaces() if namespace is None else [namespace]:
+            for document in base.documents(name):
+                row = [document.id, str(len(base.chunks_of(document.id, name))), document.title]
+                typer.echo("\t".join([*row, name] if name else row))
 
 
 @commands.command("show")
 def kb_show(
-    path: KB, id: Annotated[str, typer.Argument(metavar="ID", help="Id of a document.")]
+    path: KB,
+    id: Annotated[str, typer.Argument(metavar="ID", help="Id of a document.")],
+    namespace: Annotated[str, typer.Option(help="Whose document it is.")] = "",
 ) -> None:
     """Show one document: its title, its metadata and its text, chunk by chunk.
 
@@ -92,16 +126,15 @@ def kb_show(
     from rag2.kb.store import KnowledgeBase
 
     with KnowledgeBase(path) as base:
-        found = {document.id: document for document in base.documents()}
+        found = {document.id: document for document in base.documents(namespace)}
         if id not in found:
             raise UserError(f"{path} has no document {id!r}.{nearest(id, found)}")
         document = found[id]
         typer.echo(f"{document.id}\t{document.title}")
         if document.metadata:
             typer.echo(json.dumps(document.metadata, ensure_ascii=False))
-        for chunk in base.chunks():
-            if chunk.document == id:
-                typer.echo(f"\n[{chunk.id}] characters {chunk.start} to {chunk.end}\n{chunk.text}")
+        for chunk in base.chunks_of(id, namespace):
+            typer.echo(f"\n[{chunk.id}] characters {chunk.start} to {chunk.end}\n{chunk.text}")
 
 
 @commands.command("search")
@@ -109,27 +142,32 @@ def kb_search(
     path: KB,
     query: Annotated[str, typer.Argument(help="Words to look for.")],
     k: Annotated[int, typer.Option("-k", min=1, help="Number of chunks.")] = 5,
+    namespace: Only = None,
 ) -> None:
     """Find chunks by their words (BM25), best first: score, chunk id, document, text.
 
     \b
     Examples:
       rag2 kb search docs.sqlite "how long is the warranty"
-      rag2 kb search docs.sqlite "warranty" -k 20
+      rag2 kb search docs.sqlite "warranty" -k 20 --namespace acme
     """
     from rag2.kb.store import KnowledgeBase
 
     with KnowledgeBase(path) as base:
-        for number, score in base.search_text(query, k):
+        spaces = None if namespace is None else [namespace]
+        for number, score in base.search_text(query, k, spaces):
             chunk = base.chunk(number)
             text = " ".join(chunk.text.split())
             typer.echo(f"{score:.2f}\t{chunk.id}\t{chunk.document}\t{text[:100]}")
 
 
-def _report(summary: "Summary") -> None:
-    """What became of every document."""
+def report(summary: "Summary") -> None:
+    """Say what became of every document."""
     for reject in summary.rejected:
         typer.echo(f"rejected {reject.place}: {reject.reason}", err=True)
     accepted, rejected = summary.accepted, len(summary.rejected)
     typer.echo(f"{accepted} accepted + {rejected} rejected = {accepted + rejected} documents")
+    if summary.updated or summary.unchanged:
+        kinds = f"{summary.added} new, {summary.updated} updated, {summary.unchanged} unchanged"
+        typer.echo(kinds)
     typer.echo(f"{summary.chunks} chunks")

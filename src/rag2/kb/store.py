@@ -72,7 +72,8 @@ class KnowledgeBase:
             found = self._meta("format")
             known = found in (schema.FORMAT, schema.OLD)
             sound = not known or self._db.execute("PRAGMA quick_check").fetchone()[0] == "ok"
-            if found == schema.OLD and sound:
+            self._old = found == schema.OLD and sound
+            if self._old:
                 schema.read_old(self._db)
         except sqlite3.DatabaseError:
             known, sound = False, True
@@ -94,8 +95,11 @@ class KnowledgeBase:
     @property
     def version(self) -> int:
         """Number of the last change; 0 before the first."""
-        (last,) = self._db.execute("SELECT coalesce(max(version), 0) FROM changes").fetchone()
-        return max(last, self.oldest)  # a compaction forgets the changes of what is gone
+        # A compaction forgets the changes of what is gone.
+        return self._db.execute(
+            "SELECT max(coalesce((SELECT max(version) FROM changes), 0),"
+            " coalesce((SELECT CAST(value AS INTEGER) FROM meta WHERE key = 'compacted'), 0))"
+        ).fetchone()[0]
 
     @property
     def oldest(self) -> int:
@@ -230,6 +234,10 @@ class KnowledgeBase:
         query = f"SELECT id, namespace FROM chunks WHERE {LIVE} ORDER BY id"
         return dict(self._db.execute(query).fetchall())
 
+    def has(self, id: str, namespace: str = "") -> bool:
+        """Whether a document is live."""
+        return self._live(id, namespace) is not None
+
     def namespaces(self) -> list[str]:
         """The namespaces with a live document, in order of their names."""
         query = f"SELECT DISTINCT namespace FROM documents WHERE {LIVE} ORDER BY namespace"
@@ -345,10 +353,11 @@ class KnowledgeBase:
         except sqlite3.OperationalError as error:  # another writer, or a read-only file
             raise UserError(f"{self.path} cannot be changed: {error}") from None
         try:
-            if not inner:
+            if self._old and not inner:
                 schema.upgrade(self._db)
             yield
             self._db.execute("RELEASE change" if inner else "COMMIT")
+            self._old = self._old and inner
         except BaseException as error:
             if self._db.in_transaction:  # a full disk has rolled it back already
                 self._db.execute("ROLLBACK TO change" if inner else "ROLLBACK")
@@ -377,17 +386,18 @@ class KnowledgeBase:
             " VALUES (?, ?, ?, ?, ?, ?)",
             (document.id, *_fields(document), version, namespace),
         )
-        spans = chunker(document)
-        for start, end in spans:
+        rows = []
+        for start, end in chunker(document):
             text = document.text[start:end]
             row = self._db.execute(
                 'INSERT INTO chunks (document, title, text, "start", "end", added_version,'
                 " namespace) VALUES (?, ?, ?, ?, ?, ?, ?)",
                 (document.id, document.title, text, start, end, version, namespace),
             )
-            self._words.add(namespace, row.lastrowid or 0, document.title, text)
+            rows.append((row.lastrowid, document.title, text))
+        self._words.add(namespace, rows)
         self._log(version, op, document.id, namespace)
-        return len(spans)
+        return len(rows)
 
     def _bury(self, id: str, namespace: str, version: int) -> int:
         """Let a live document and its chunks end before a version; returns their number."""

@@ -16,12 +16,11 @@ class Words:
     def __init__(self, db: sqlite3.Connection) -> None:
         self._db = db
 
-    def add(self, namespace: str, id: int, title: str, text: str) -> None:
-        """Index one chunk; the table of a new namespace is made."""
+    def add(self, namespace: str, rows: Iterable[tuple[int | None, str, str]]) -> None:
+        """Index chunks: id, title, text; the table of a new namespace is made."""
         table = self._table(namespace)
-        self._db.execute(
-            f"INSERT INTO {table} (rowid, title, text) VALUES (?, ?, ?)", (id, title, text)
-        )
+        query = f"INSERT INTO {table} (rowid, title, text) VALUES (?, ?, ?)"
+        self._db.executemany(query, rows)
 
     def forget(self, namespace: str, document: str) -> None:
         """Drop the live chunks of a document; to be called while they are still live."""

@@ -9,8 +9,8 @@ from typing import Any
 from rag2 import artifact
 from rag2.evaluation.questions import question_of, to_row
 from rag2.evaluation.tasks.source import Item, existing
-from rag2.kb.build import Reject
 from rag2.kb.clean import clean, is_blank
+from rag2.kb.ingest import Reject
 from rag2.registry import UserError, lookup
 from rag2.types import Document, Question
 

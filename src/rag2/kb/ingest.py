@@ -1,0 +1,139 @@
+"""Files, folders and data sets -> documents of a knowledge base, each input accounted for."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rag2.kb.chunk import Chunker
+from rag2.kb.duplicates import Exact, Near
+from rag2.kb.jail import Limits
+from rag2.kb.read import printable, read
+from rag2.kb.store import KnowledgeBase
+from rag2.registry import UserError
+from rag2.types import Document
+
+# What is committed together: durable at once, and little to do again after a kill.
+DOCUMENTS = 500
+CHARACTERS = 2**22
+
+
+@dataclass(frozen=True, slots=True)
+class Reject:
+    """An input that became no document: its place, as in `file.jsonl:17`, and the reason."""
+
+    place: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """What became of the inputs: accepted + rejected = total.
+
+    accepted = new + `updated` + `unchanged` documents, `chunks` those that were written.
+    """
+
+    accepted: int
+    rejected: list[Reject]
+    chunks: int
+    updated: int = 0
+    unchanged: int = 0
+
+    @property
+    def total(self) -> int:
+        """Documents, rows and files that were looked at."""
+        return self.accepted + len(self.rejected)
+
+    @property
+    def added(self) -> int:
+        """Documents that were not there before."""
+        return self.accepted - self.updated - self.unchanged
+
+
+class Inputs:
+    """The documents of all sources that are new among them; counts them and keeps the rest.
+
+    Of two with one id, or with one text under one title, the first is taken; with `near`, also of
+    two whose texts are so similar. Duplicates are looked for among the sources only, so that what
+    is taken of them does not depend on what a knowledge base holds: the same twice is the same.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Path | str],
+        keep_duplicates: bool = False,
+        near: float | None = None,
+        limits: Limits | None = None,
+    ) -> None:
+        """`keep_duplicates`: also texts that came before. Raises UserError for a bad `near`."""
+        self.sources, self.limits = sources, limits
+        self.seen: dict[str, str] = {}  # document id -> place
+        self.rejected: list[Reject] = []
+        self._finders: list[Exact | Near] = [] if keep_duplicates else [Exact()]
+        if near is not None:
+            self._finders.append(Near(near))
+
+    def __iter__(self) -> Iterator[Document]:
+        for place, item in read(*self.sources, limits=self.limits):
+            reason = item if isinstance(item, str) else self._seen_before(item, place)
+            if isinstance(item, str) or reason:
+                self.rejected.append(Reject(place, reason))
+            else:
+                self.seen[item.id] = place
+                yield item
+
+    def _seen_before(self, document: Document, place: str) -> str:
+        """Why the document is a duplicate, or nothing."""
+        if first := self.seen.get(document.id):
+            return printable(f"duplicate id {document.id!r}, first used at {first}")
+        return next((why for find in self._finders if (why := find.find(document, place))), "")
+
+    def nothing(self) -> UserError:
+        """The error for sources without a document, with the first reason."""
+        where = ", ".join(str(source) for source in self.sources) or "no source"
+        if not self.rejected:
+            return UserError(f"no document in {where}")
+        first = self.rejected[0]
+        return UserError(
+            f"no document was accepted from {where}: {len(self.rejected)} rejected,"
+            f" the first {first.place}: {first.reason}"
+        )
+
+
+def ingest(
+    kb: KnowledgeBase,
+    sources: Sequence[Path | str],
+    chunker: Chunker,
+    namespace: str = "",
+    keep_duplicates: bool = False,
+    near: float | None = None,
+    limits: Limits | None = None,
+) -> Summary:
+    """Add what is new in `sources` and replace what has changed; each batch is durable at once.
+
+    A document is known by its id. What the sources do not name stays. The same sources twice
+    change nothing; after a kill the same call completes the rest, to the same content. Raises
+    UserError if a source is missing, or no document was accepted.
+    """
+    inputs = Inputs(sources, keep_duplicates, near, limits)
+    updated = unchanged = chunks = 0
+    for batch in _batches(inputs):
+        put = kb.put(batch, chunker, namespace)
+        updated, unchanged = updated + put.updated, unchanged + put.unchanged
+        chunks += put.chunks
+    if not inputs.seen:
+        raise inputs.nothing()
+    return Summary(len(inputs.seen), inputs.rejected, chunks, updated, unchanged)
+
+
+def _batches(documents: Inputs) -> Iterator[list[Document]]:
+    """Documents in groups of bounded number and length."""
+    batch: list[Document] = []
+    characters = 0
+    for document in documents:
+        batch.append(document)
+        characters += len(document.text)
+        if len(batch) >= DOCUMENTS or characters >= CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch

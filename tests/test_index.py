@@ -41,8 +41,6 @@ backends = pytest.mark.parametrize("backend", BACKENDS, ids=kind)
 exact_backends = pytest.mark.parametrize("backend", EXACT, ids=kind)
 
 
-
-
 @exact_backends
 def test_exact_backends_return_what_brute_force_returns(rng, backend):
     for rows, size, k in [(1, 3, 1), (40, 8, 40), (300, 33, 7), (700, 64, 100)]:

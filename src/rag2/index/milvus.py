@@ -1,5 +1,6 @@
 """Vectors in Milvus: a file beside the run (milvus-lite), a server or a cluster, by one client."""
 
+import logging
 import os
 from typing import Any, Literal
 
@@ -12,6 +13,7 @@ from rag2.registry import UserError
 LARGEST_M = 16_384  # a server returns no longer lists
 ROW, VECTOR = "row", "embedding"
 PATIENCE = 10.0  # seconds to reach a server
+ANSWER = 60.0  # seconds for an answer; without a limit the client tries for minutes
 TOKEN = "MILVUS_TOKEN"
 
 
@@ -50,21 +52,22 @@ class Milvus(Remote):
 class _Collection(Collection):
     def __init__(self, backend: Milvus, name: str) -> None:
         super().__init__(name)
-        pymilvus = import_pymilvus(lite="://" not in backend.uri)
+        self.outlives = "://" in backend.uri  # a file's server is a thread of this process
+        pymilvus, rpc_error = import_pymilvus(lite=not self.outlives)
         self.where = f"Milvus at {backend.uri}"
         self._backend = backend
-        self._errors = (pymilvus.MilvusException, OSError, ValueError)
+        self._types = pymilvus.DataType
+        self._errors = (pymilvus.MilvusException, rpc_error, OSError, ValueError)
         with one_line(self.where, self._errors):
             self._client: Any = pymilvus.MilvusClient(
                 backend.uri, token=os.environ.get(TOKEN, ""), timeout=PATIENCE
             )
 
     def create(self, dimension: int) -> None:
-        types = import_pymilvus().DataType
         with one_line(self.where, self._errors):
             schema = self._client.create_schema(auto_id=False, enable_dynamic_field=False)
-            schema.add_field(ROW, types.INT64, is_primary=True)
-            schema.add_field(VECTOR, types.FLOAT_VECTOR, dim=dimension)
+            schema.add_field(ROW, self._types.INT64, is_primary=True)
+            schema.add_field(VECTOR, self._types.FLOAT_VECTOR, dim=dimension)
             self._client.create_collection(self.name, schema=schema, consistency_level="Strong")
 
     def add(self, first: int, block_MD: np.ndarray) -> None:
@@ -88,11 +91,11 @@ class _Collection(Collection):
 
     def size(self) -> tuple[int, int] | None:
         with one_line(self.where, self._errors):
-            if not self._client.has_collection(self.name):
+            if not self._client.has_collection(self.name, timeout=ANSWER):
                 return None
             self._client.load_collection(self.name)
-            fields = self._client.describe_collection(self.name)["fields"]
-            count = self._client.query(self.name, filter="", output_fields=["count(*)"])
+            fields = self._client.describe_collection(self.name, timeout=ANSWER)["fields"]
+            count = self._client.query(self.name, output_fields=["count(*)"], timeout=ANSWER)
         dimension = next(int(f["params"]["dim"]) for f in fields if f["name"] == VECTOR)
         return int(count[0]["count(*)"]), dimension
 
@@ -109,6 +112,7 @@ class _Collection(Collection):
                 limit=m,
                 search_params={"metric_type": "IP", "params": params},
                 output_fields=[ROW],
+                timeout=ANSWER,
             )
         for scores_M, rows_M, hits in zip(scores_BM, rows_BM, found, strict=True):
             scores_M[: len(hits)] = [hit["distance"] for hit in hits]
@@ -118,7 +122,7 @@ class _Collection(Collection):
     def read(self, rows_M: np.ndarray) -> np.ndarray:
         with one_line(self.where, self._errors):
             found = self._client.query(
-                self.name, ids=rows_M.tolist(), output_fields=[ROW, VECTOR]
+                self.name, ids=rows_M.tolist(), output_fields=[ROW, VECTOR], timeout=ANSWER
             )
         by_row = {hit[ROW]: hit[VECTOR] for hit in found}
         if len(by_row) != len(rows_M):
@@ -127,18 +131,23 @@ class _Collection(Collection):
 
     def drop(self) -> None:
         with one_line(self.where, self._errors):
-            if self._client.has_collection(self.name):
-                self._client.drop_collection(self.name)
+            if self._client.has_collection(self.name, timeout=ANSWER):
+                self._client.drop_collection(self.name, timeout=ANSWER)
 
 
-def import_pymilvus(lite: bool = False) -> Any:
-    """The pymilvus module; raises UserError when it, or milvus-lite, is not installed."""
+def import_pymilvus(lite: bool) -> tuple[Any, type[Exception]]:
+    """The pymilvus module and the error of its transport.
+
+    Raises UserError when it, or the milvus-lite that a file needs, is not installed.
+    """
     try:
         import pymilvus
+        from grpc import RpcError
 
         if lite:
             import milvus_lite  # noqa: F401
     except ImportError:
         raise UserError("index=milvus needs its client: pip install 'rag2[milvus]'") from None
-    return pymilvus
-
+    # It prints what it also raises, with tracebacks; the one line that is told says it.
+    logging.getLogger("pymilvus").setLevel(logging.CRITICAL)
+    return pymilvus, RpcError

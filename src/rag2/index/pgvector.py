@@ -61,6 +61,8 @@ class PGVector(Remote):
 class _Table(Collection):
     """A table with one row a vector; each thread that searches at once has a connection."""
 
+    outlives = True
+
     def __init__(self, backend: PGVector, name: str) -> None:
         super().__init__(name)
         self._psycopg, self._pgvector = import_psycopg()
@@ -80,9 +82,8 @@ class _Table(Collection):
                 f"{LARGEST_D}; set index.kind=flat"
             )
         with self._connection() as connection:
-            connection.execute(
-                f"CREATE TABLE {self.name} (n bigint NOT NULL, embedding vector({dimension}) NOT NULL)"
-            )
+            columns = f"n bigint NOT NULL, embedding vector({dimension}) NOT NULL"
+            connection.execute(f"CREATE TABLE {self.name} ({columns})")
             if dimension <= LARGEST_D:  # in the row itself, not compressed beside the table
                 connection.execute(
                     f"ALTER TABLE {self.name} ALTER COLUMN embedding SET STORAGE PLAIN"
@@ -100,7 +101,9 @@ class _Table(Collection):
         with self._connection() as connection:
             connection.execute(f"ALTER TABLE {self.name} ADD PRIMARY KEY (n)")
             if not self._backend.exact:
-                how = f"m = {self._backend.links}, ef_construction = {self._backend.ef_construction}"
+                how = (
+                    f"m = {self._backend.links}, ef_construction = {self._backend.ef_construction}"
+                )
                 connection.execute(
                     f"CREATE INDEX ON {self.name} USING hnsw (embedding vector_ip_ops) WITH ({how})"
                 )

@@ -1,11 +1,13 @@
 """Vectors that lie in a collection on a server -> an index like any other: search, save, load.
 
 A collection is filled once, under a name of its own, and never changed. Until its index is saved it
-goes with the index; from then on it stays until `discard`. The files of a saved index hold its
-name, its number of vectors and the SHA-256 of their bytes in row order: what is loaded is what was
-saved, or nothing. Scores are computed here from the stored vectors, as for every index.
+goes with the index or the process; from then on it stays until `discard`. The files of a saved
+index hold its name, its number of vectors and the SHA-256 of their bytes in row order: what is
+loaded is what was saved, or nothing. Scores are computed here from the stored vectors, as for every
+index.
 """
 
+import atexit
 import hashlib
 import json
 import re
@@ -31,6 +33,8 @@ class Collection(ABC):
 
     where: str
     """The server, as messages name it."""
+    outlives: bool
+    """Whether the server still answers when this process ends."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -79,42 +83,36 @@ class Remote(Backend):
     def fill(self, blocks: Blocks) -> Index:
         """The index of the blocks' vectors, in a new collection; raises as `Blocks` does."""
         collection = self.collection(PREFIX + secrets.token_hex(16))
-        digest, dimension, done = hashlib.sha256(), 0, 0
         try:
-            for block_MD in blocks:
-                if not dimension:
-                    dimension = block_MD.shape[1]
-                    collection.create(dimension)
-                collection.add(done, block_MD)
-                digest.update(block_MD)
-                done += len(block_MD)
-            collection.publish()
+            dimension, digest = _filled(collection, blocks)
         except BaseException:
             with suppress(UserError):  # what went wrong first is what is told
                 collection.drop()
             raise
-        ids_N, max_norm = blocks.ids_N, blocks.max_norm
-        index = RemoteIndex(self, ids_N, max_norm, collection, dimension, digest.hexdigest())
-        index.unsaved = weakref.finalize(index, _forget, collection)
-        return index
+        # Not by a local name: clients keep errors that they caught, and with them their callers'.
+        return RemoteIndex(
+            self, blocks.ids_N, blocks.max_norm, collection, dimension, digest, saved=False
+        )
 
     def load(self, directory: Path, ids_N: np.ndarray, max_norm: float) -> Index:
         """The index whose collection is still the one that was saved, to the byte.
 
         Reads every vector once. Raises UserError if the collection is gone or differs.
         """
-        name, count, saved = _told(directory)
+        name, count, digest = _told(directory)
         collection = self.collection(name)
         size = collection.size()
         if size is None:
-            raise UserError(f"{directory}: collection {name} is not at {collection.where} (dropped?)")
+            raise UserError(
+                f"{directory}: collection {name} is not at {collection.where} (dropped?)"
+            )
         if size[0] != count:
             raise UserError(
                 f"{directory}: collection {name} at {collection.where} holds {size[0]} vectors, "
                 f"not the {count} that were saved"
             )
-        index = RemoteIndex(self, ids_N, max_norm, collection, size[1], saved)
-        if index.computed_digest() != saved:
+        index = RemoteIndex(self, ids_N, max_norm, collection, size[1], digest, saved=True)
+        if index.computed_digest() != digest:
             raise UserError(
                 f"{directory}: the vectors of collection {name} at {collection.where} are not "
                 "those that were saved"
@@ -130,9 +128,6 @@ class Remote(Backend):
 class RemoteIndex(Index):
     """Searches a collection; its rows are positions in `ids_N`."""
 
-    unsaved: weakref.finalize | None = None
-    """Drops the collection with the index, or at the end of the process."""
-
     def __init__(
         self,
         backend: Remote,
@@ -141,12 +136,18 @@ class RemoteIndex(Index):
         collection: Collection,
         dimension: int,
         digest: str,
+        saved: bool,
     ) -> None:
         super().__init__(backend, ids_N, max_norm)
         self.exact = backend.exact
         self.collection = collection
         self._dimension = dimension
         self._digest = digest
+        self._unsaved = None if saved else weakref.finalize(self, _forget, collection)
+        if self._unsaved is not None:
+            self._unsaved.atexit = False
+            if collection.outlives:  # what is registered last is called first: before the client's
+                atexit.register(self._unsaved)
 
     @property
     def dimension(self) -> int:
@@ -168,14 +169,15 @@ class RemoteIndex(Index):
     def write(self, directory: Path) -> None:
         told = {"name": self.collection.name, "count": len(self), "sha256": self._digest}
         (directory / FILE).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
-        if self.unsaved is not None:
-            self.unsaved.detach()
+        if self._unsaved is not None:
+            self._unsaved.detach()
 
     def computed_digest(self) -> str:
         """SHA-256 of the vectors that are on the server now, in row order."""
         digest = hashlib.sha256()
         for part in self._requests(len(self)):
-            digest.update(self.collection.read(np.arange(part.start, min(part.stop, len(self)))))
+            rows_M = np.arange(part.start, min(part.stop, len(self)))
+            digest.update(self.collection.read(rows_M).tobytes())
         return digest.hexdigest()
 
     def _requests(self, count: int) -> list[slice]:
@@ -197,6 +199,20 @@ def one_line(where: str, errors: tuple[type[Exception], ...]) -> Iterator[None]:
     except errors as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{where}: {reason[:300]}") from None
+
+
+def _filled(collection: Collection, blocks: Blocks) -> tuple[int, str]:
+    """Make the collection of the blocks' vectors; their dimension and their digest."""
+    digest, dimension, done = hashlib.sha256(), 0, 0
+    for block_MD in blocks:
+        if not dimension:
+            dimension = block_MD.shape[1]
+            collection.create(dimension)
+        collection.add(done, block_MD)
+        digest.update(block_MD.tobytes())
+        done += len(block_MD)
+    collection.publish()
+    return dimension, digest.hexdigest()
 
 
 def _told(directory: Path) -> tuple[str, int, str]:

@@ -31,6 +31,10 @@ RECIPES = {
             "Let frozen RAG answer training questions, to fine-tune on what it said.",
             "configs/demo/logged.yaml confidence=0.8 out=runs/logged",
         ),
+        "index": (
+            "Encode a knowledge base, or one shard of it, and build its index.",
+            "configs/demo/index.yaml out=runs/index",
+        ),
         "joint": (
             "Train retriever and generator together.",
             "configs/demo/joint.yaml steps=60 refresh.every=15 out=runs/joint",

@@ -81,6 +81,10 @@ RECIPES = {
             "Time the scoring of choices against lm-evaluation-harness.",
             "configs/demo/speed.yaml out=runs/speed",
         ),
+        "backends": (
+            "Measure build, search, memory and recall of every kind of index.",
+            "configs/demo/backends.yaml sizes=[10000] out=runs/backends",
+        ),
         "scaling": (
             "Measure what an index refresh costs, and plan it for larger corpora.",
             "configs/demo/scaling.yaml out=runs/scaling",

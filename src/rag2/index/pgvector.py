@@ -143,6 +143,11 @@ class _Table(Collection):
             raise UserError(f"{self.where}: table {self.name} has lost rows")
         return np.stack([vector.to_numpy() for (vector,) in found]).astype(np.float32)
 
+    def stored(self) -> int:
+        ask = "SELECT pg_total_relation_size(to_regclass(%s))"
+        with self._connection() as connection:
+            return connection.execute(ask, (self.name,)).fetchone()[0]
+
     def drop(self) -> None:
         with self._connection() as connection:
             connection.execute(f"DROP TABLE IF EXISTS {self.name}")

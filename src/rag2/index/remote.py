@@ -63,6 +63,10 @@ class Collection(ABC):
     def read(self, rows_M: np.ndarray) -> np.ndarray:
         """The embeddings [M, D] of rows that increase."""
 
+    def stored(self) -> int | None:
+        """The bytes that it takes on the server's disk, where the server tells."""
+        return None
+
     @abstractmethod
     def drop(self) -> None:
         """Remove it, if it is there."""

@@ -8,7 +8,7 @@ Shapes: M chunks of a piece, D embedding.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -65,8 +65,9 @@ class Pieces:
         """The numbers of the pieces that belong to one of so many shards: consecutive."""
         return range(len(self) * shard // shards, len(self) * (shard + 1) // shards)
 
-    def missing(self, numbers: range) -> list[int]:
+    def missing(self, numbers: Iterable[int]) -> list[int]:
         """Those of `numbers` that are not encoded yet; UserError for one of something else."""
+        numbers = list(numbers)
         here = [number for number in numbers if artifact.is_complete(self._path(number))]
         for number in here:
             self._verify(number, only="")  # hashing the embeddings is for those who read them

@@ -3,8 +3,9 @@
     python docs/ray_encode.py KB RETRIEVER OUT [ACTORS] [DEVICE]
     rag2 train index kb=KB retriever=RETRIEVER out=OUT        builds the index of the pieces
 
-KB, RETRIEVER and OUT lie where all machines see them. Ray is no dependency: pip install 'ray[data]'.
-What was encoded before, by Ray or by `rag2 train index shard=i/n`, is not encoded again.
+KB, RETRIEVER and OUT lie where all machines see them. Ray is no dependency of rag2: it comes with
+pip install 'ray[data]'. What was encoded before, by Ray or by `rag2 train index shard=i/n`, is not
+encoded again.
 """
 
 import sys

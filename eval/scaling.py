@@ -24,6 +24,8 @@ from rag2.generator.bpe import train_bpe
 from rag2.index.base import Backend
 from rag2.index.cost import footprint, work
 from rag2.index.flat import import_faiss
+from rag2.index.remote import Remote
+from rag2.index.shards import Shards
 from rag2.registry import TABLES, lookup
 from rag2.reindex import budget
 from rag2.reindex.policy import AsyncRefresh, EagerRefresh, SyncRefresh
@@ -151,8 +153,9 @@ def encoders(cfg: ScalingConfig) -> list[dict]:
 
 
 def backends() -> dict[str, Backend]:
-    """Every kind of index as its defaults have it, on the CPU where there is a choice."""
+    """Every kind of index in one piece and in this process, on the CPU where there is a choice."""
     kinds = {name: lookup("index", name) for name in TABLES["index"]}
+    kinds = {n: kind for n, kind in kinds.items() if not issubclass(kind, (Remote, Shards))}
     on = {"device": "cpu"}
     return {n: kind(**(on if "device" in kind.model_fields else {})) for n, kind in kinds.items()}
 

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from nearest import brute_force, generation_of, unit
 from rag2.artifact import ArtifactError, follow
 from rag2.index import base
 from rag2.index.exact import TorchExact
@@ -10,35 +11,34 @@ from rag2.index.flat import Flat
 from rag2.index.generation import Generation
 from rag2.index.hnsw import HNSW
 from rag2.index.ivf import IVF
+from rag2.index.shards import Shards
 from rag2.registry import UserError
 from rag2.types import Chunk
 
-BACKENDS = [Flat(), IVF(nlist=8, nprobe=3), HNSW(), TorchExact(device="cpu")]
-EXACT = [Flat(), TorchExact(device="cpu"), IVF(nlist=8, nprobe=8)]
-backends = pytest.mark.parametrize("backend", BACKENDS, ids=lambda backend: backend.name)
-exact_backends = pytest.mark.parametrize("backend", EXACT, ids=lambda backend: backend.name)
+BACKENDS = [
+    Flat(),
+    IVF(nlist=8, nprobe=3),
+    HNSW(),
+    TorchExact(device="cpu"),
+    Shards(count=3),
+    Shards(count=7, inner=HNSW()),
+]
+EXACT = [
+    Flat(),
+    TorchExact(device="cpu"),
+    IVF(nlist=8, nprobe=8),
+    Shards(count=3),
+    Shards(count=4, inner=IVF(nlist=3, nprobe=3)),
+    Shards(count=2, inner=TorchExact(device="cpu")),
+]
 
 
-def unit(rng, rows, size):
-    vectors = rng.normal(size=(rows, size)).astype(np.float32)
-    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+def kind(backend):
+    return "-".join([backend.name, *([backend.inner.name] if backend.name == "shards" else [])])
 
 
-def brute_force(embeddings, ids, queries, k):
-    scores = (queries.astype(np.float64) @ embeddings.astype(np.float64).T).astype(np.float32)
-    order = np.lexsort((np.broadcast_to(ids, scores.shape), -scores), axis=1)[:, :k]
-    return np.take_along_axis(scores, order, axis=1), ids[order]
-
-
-def generation_of(rng, backend=None, count=30, fingerprint="aa" * 32):
-    ids = np.sort(rng.choice(1000, count, replace=False))
-    chunks = [
-        Chunk(int(i), document=f"d{i}", text=f"text {i} é", title="t", start=3, end=9) for i in ids
-    ]
-    index = (backend or Flat()).build(unit(rng, count, 8), ids)
-    return Generation.of(
-        index, chunks, encoder_fingerprint=fingerprint, kb_version=4, kb_hash="bb", step=7
-    )
+backends = pytest.mark.parametrize("backend", BACKENDS, ids=kind)
+exact_backends = pytest.mark.parametrize("backend", EXACT, ids=kind)
 
 
 @exact_backends
@@ -174,7 +174,7 @@ def test_a_generation_returns_from_disk_with_its_texts_and_its_pointer(rng, tmp_
 @backends
 def test_a_changed_byte_in_any_file_of_a_generation_is_refused(rng, backend, tmp_path):
     generation_of(rng, backend).save(tmp_path / "g")
-    for path in sorted((tmp_path / "g").iterdir()):
+    for path in sorted(p for p in (tmp_path / "g").rglob("*") if p.is_file()):
         whole = path.read_bytes()
         place = int(rng.integers(len(whole)))
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
@@ -206,7 +206,7 @@ def test_an_index_filled_block_by_block_is_the_one_built_at_once(rng, backend):
     rows = np.arange(500)
     np.testing.assert_array_equal(filled.vectors(rows), built.vectors(rows))
     assert filled.max_norm == built.max_norm
-    if backend.name != "hnsw":  # the order of insertion is a graph's own
+    if not kind(backend).endswith("hnsw"):  # the order of insertion is a graph's own
         for a, b in zip(filled.search(queries, 9), built.search(queries, 9), strict=True):
             np.testing.assert_array_equal(a, b)
     for wrong in (embeddings[:-1], np.concatenate([embeddings, embeddings[:1]])):
@@ -215,3 +215,50 @@ def test_an_index_filled_block_by_block_is_the_one_built_at_once(rng, backend):
     embeddings[321, 3] = np.nan
     with pytest.raises(UserError, match="embedding 321 is not finite"):
         backend.fill(base.Blocks(np.array_split(embeddings, 5), ids))
+
+
+def test_shards_answer_as_one_flat_index_to_the_bit(rng):
+    embeddings = np.repeat(unit(rng, 150, 24), 4, axis=0)  # ties within shards and between them
+    embeddings[rng.integers(0, 600, 200)] += 1e-7  # and near-ties
+    ids, queries = rng.permutation(5000)[:600], unit(rng, 20, 24)
+    queries[3] = 0
+    flat = Flat(device="cpu").build(embeddings, ids)
+    for count in (1, 2, 7, 599, 600, 1000):
+        shards = Shards(count=count).build(embeddings, ids)
+        assert shards.exact and len(shards) == 600
+        for k in (1, 10, 600):
+            for a, b in zip(flat.search(queries, k), shards.search(queries, k), strict=True):
+                np.testing.assert_array_equal(a, b)
+        rows = rng.integers(0, 600, 50)
+        np.testing.assert_array_equal(flat.vectors(rows), shards.vectors(rows))
+    assert not Shards(inner=HNSW()).build(embeddings, ids).exact
+
+
+def test_one_shard_at_a_time_is_filled_from_the_stream(rng):
+    embeddings, taken = unit(rng, 100, 4), []
+
+    class Watched(Flat):
+        def fill(self, blocks):
+            before = len(taken)
+            index = super().fill(blocks)
+            taken.append(len(index))
+            assert len(handed) <= sum(taken) // 10 + 1, "the next shard's rows were read too"
+            assert before == len(taken) - 1
+            return index
+
+    handed = []
+
+    def blocks():
+        for start in range(0, 100, 10):
+            handed.append(start)
+            yield embeddings[start : start + 10]
+
+    backend = Shards(count=3).model_copy(update={"inner": Watched()})
+    index = backend.fill(base.Blocks(blocks(), np.arange(100)))
+    assert taken == [33, 33, 34] and len(index) == 100
+
+
+def test_shards_within_shards_and_unknown_kinds_are_refused():
+    for inner in ("shards", "milvus", "flatt"):
+        with pytest.raises(ValueError, match="inner"):
+            Shards.model_validate({"inner": {"name": inner}})

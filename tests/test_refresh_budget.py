@@ -13,6 +13,8 @@ from rag2.index.cost import ITERATIONS, SAMPLE, cells_of, footprint, work
 from rag2.index.flat import Flat, import_faiss
 from rag2.index.hnsw import HNSW
 from rag2.index.ivf import IVF
+from rag2.index.remote import Remote
+from rag2.index.shards import Shards
 from rag2.registry import TABLES, UserError, lookup
 from rag2.reindex import budget
 from rag2.reindex.budget import Refresh
@@ -23,19 +25,28 @@ from rag2.reindex.simulate import simulate, step_times
 # --- bytes and work -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", TABLES["index"])
+HERE = [name for name in TABLES["index"] if not issubclass(lookup("index", name), Remote)]
+
+
+@pytest.mark.parametrize("name", HERE)
 def test_the_bytes_on_paper_are_those_that_an_index_writes(
     tmp_path: Path, rng: np.random.Generator, name: str
 ):
     backend, count = lookup("index", name)(), 3000
     vectors_ND = rng.standard_normal((count, 24), dtype=np.float32)
     backend.build(vectors_ND, np.arange(count)).save(tmp_path)
-    written = sum(path.stat().st_size for path in tmp_path.iterdir())
+    written = sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file())
     expected = footprint(backend, count, 24)
     headers = 1500
     chance = 0.005 * expected.total if name == "hnsw" else 0  # how high its nodes reach
     assert abs(written - expected.total) < headers + chance
     assert expected.vectors == 4 * count * 24 and expected.ids == 8 * count
+
+
+def test_an_index_in_shards_is_as_large_as_its_shards_together():
+    sharded = footprint(Shards(count=4, inner=IVF()), 4000, 24)
+    assert sharded == footprint(IVF(nlist=4 * 32), 4000, 24)  # 32: the root of 1,000
+    assert work(Shards(count=4, inner=HNSW()), 4000) == 4 * work(HNSW(), 1000)
 
 
 def test_an_ivf_index_looks_at_as_many_vectors_as_faiss_says():

@@ -46,6 +46,9 @@ TABLES: dict[str, dict[str, str]] = {
         "ivf": "rag2.index.ivf:IVF",
         "hnsw": "rag2.index.hnsw:HNSW",
         "torch": "rag2.index.exact:TorchExact",
+        "shards": "rag2.index.shards:Shards",
+        "milvus": "rag2.index.milvus:Milvus",
+        "pgvector": "rag2.index.pgvector:PGVector",
     },
     "loss": {
         "marginal": "rag2.losses.marginal:Marginal",

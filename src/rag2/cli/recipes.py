@@ -31,6 +31,10 @@ RECIPES = {
             "Let frozen RAG answer training questions, to fine-tune on what it said.",
             "configs/demo/logged.yaml confidence=0.8 out=runs/logged",
         ),
+        "index": (
+            "Encode a knowledge base, or one shard of it, and build its index.",
+            "configs/demo/index.yaml out=runs/index",
+        ),
         "joint": (
             "Train retriever and generator together.",
             "configs/demo/joint.yaml steps=60 refresh.every=15 out=runs/joint",
@@ -80,6 +84,10 @@ RECIPES = {
         "speed": (
             "Time the scoring of choices against lm-evaluation-harness.",
             "configs/demo/speed.yaml out=runs/speed",
+        ),
+        "backends": (
+            "Measure build, search, memory and recall of every kind of index.",
+            "configs/demo/backends.yaml sizes=[10000] out=runs/backends",
         ),
         "scaling": (
             "Measure what an index refresh costs, and plan it for larger corpora.",

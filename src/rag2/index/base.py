@@ -175,6 +175,20 @@ def load(directory: str | Path) -> Index:
     return index
 
 
+def discard(directory: str | Path) -> None:
+    """Remove what a saved index has outside its directory; nothing where none was saved.
+
+    Raises UserError when it lies on a server that does not answer.
+    """
+    try:
+        record = json.loads((Path(directory) / "index.json").read_text(encoding="utf-8"))
+        settings = record["backend"]
+        backend: Any = lookup("index", settings["name"]).model_validate(settings)
+    except (OSError, KeyError, TypeError, ValueError):
+        return
+    backend.discard(Path(directory))
+
+
 def checked(vectors_MD: np.ndarray, kind: str, first: int = 0) -> np.ndarray:
     """The vectors as contiguous float32; UserError names the first that is not finite.
 
@@ -238,6 +252,9 @@ class Backend(Config):
     def build(self, embeddings_ND: np.ndarray, ids_N: np.ndarray) -> Index:
         """The index over embeddings that are all there; raises as `Blocks` does."""
         return self.fill(Blocks([embeddings_ND], ids_N))
+
+    def discard(self, directory: Path) -> None:
+        """Remove what a saved index of this kind has outside its directory: nothing, as a rule."""
 
 
 def slices(count: int, numbers_each: int) -> list[slice]:

@@ -2,7 +2,7 @@
 
 Shapes: N chunks, D embedding. The bytes are those of the files that `Index.save` writes, which are
 also what a loaded index holds on the CPU; a flat or torch index on a GPU holds its vectors there
-once more.
+once more. Of an index on a server they are the least that it takes there.
 """
 
 import math
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from rag2.index.base import Backend
 from rag2.index.hnsw import HNSW
 from rag2.index.ivf import IVF
+from rag2.index.shards import Shards
 
 FLOAT, ID, LINK = 4, 8, 4  # bytes of a number of an embedding, of a chunk id, of a graph's link
 # FAISS: k-means for an IVF index looks at so many vectors a cell, so many times.
@@ -39,6 +40,9 @@ def footprint(backend: Backend, count: int, dimension: int) -> Footprint:
     (Malkov and Yashunin 2018, section 4.1), and a level and a place each.
     """
     match backend:
+        case Shards():
+            parts = [footprint(backend.inner, n, dimension) for n in backend.sizes(count)]
+            structure = sum(part.structure for part in parts)
         case IVF():
             cells = cells_of(backend, count)
             structure = 2 * ID * count + cells * (FLOAT * dimension + ID)
@@ -56,6 +60,8 @@ def work(backend: Backend, count: int) -> float:
     into their cells. HNSW: N log2 N, as each search among those already there takes log N.
     """
     match backend:
+        case Shards():
+            return sum(work(backend.inner, n) for n in backend.sizes(count))
         case IVF():
             cells = cells_of(backend, count)
             return float(cells * (ITERATIONS * min(count, SAMPLE * cells) + count))

@@ -124,6 +124,12 @@ class Generation:
         return Chunk(**{name: self.chunks.column(name)[row].as_py() for name in SCHEMA.names})
 
 
+def remove(directory: str | Path) -> None:
+    """Remove a generation, or what is left of one, with what its index has elsewhere."""
+    base.discard(directory)
+    artifact.remove(directory)
+
+
 def table_in(directory: Path) -> pa.Table:
     """The chunks of a generation whose bytes have been verified, memory-mapped."""
     with pa.memory_map(str(directory / FILE)) as source:

@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 
 from rag2 import artifact
 from rag2.index.base import Backend
-from rag2.index.generation import Generation, table_of
+from rag2.index.generation import Generation, remove, table_of
 from rag2.reindex import build, worker
 from rag2.reindex.policy import Background
 from rag2.reindex.process import Worker
@@ -107,7 +107,7 @@ class Store:
     def drop(self, number: int) -> None:
         """Remove a generation, whole or in pieces, and what a killed build left behind."""
         artifact.sweep(self.generations)
-        artifact.remove(self._path(number))
+        remove(self._path(number))
 
     def prune(self, generations: Collection[int], snapshots: Collection[int] = ()) -> None:
         """Remove all generations and snapshots but these."""
@@ -117,7 +117,7 @@ class Store:
             artifact.sweep(folder)
             for path in folder.glob("[0-9]" * 6 + "*"):
                 if int(path.name[:6]) not in kept:
-                    artifact.remove(path) if path.is_dir() else path.unlink()
+                    remove(path) if path.is_dir() else path.unlink()
 
     def _path(self, number: int) -> Path:
         return self.generations / f"{number:06d}"

@@ -30,7 +30,8 @@ class Text(HTMLParser):
             self._hidden.append(tag)
         elif tag == "tr":
             self._row = 0
-            self._pieces.append("\n")
+            if not "".join(self._pieces[-1:]).endswith("\n"):
+                self._pieces.append("\n")
         elif tag in ("td", "th"):
             if self._row:
                 self._pieces.append(" | ")

@@ -77,6 +77,10 @@ RECIPES = {
             "Time the scoring of choices against lm-evaluation-harness.",
             "configs/demo/speed.yaml out=runs/speed",
         ),
+        "live": (
+            "Time from a change of the knowledge base to the search that shows it.",
+            "configs/demo/live.yaml out=runs/live",
+        ),
         "scaling": (
             "Measure what an index refresh costs, and plan it for larger corpora.",
             "configs/demo/scaling.yaml out=runs/scaling",

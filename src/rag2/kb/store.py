@@ -218,9 +218,9 @@ class KnowledgeBase:
         with self.reading():
             if version < self.oldest:
                 return None
-            added = self._db.execute(
+            added = self._db.execute(  # +id: not through all chunks in the order of their ids
                 f"{CHUNK.replace('SELECT', 'SELECT namespace,')}"
-                f" WHERE added_version > ? AND {LIVE} ORDER BY id",
+                f" WHERE added_version > ? AND {LIVE} ORDER BY +id",
                 (version,),
             ).fetchall()
             removed = self._db.execute(

@@ -161,7 +161,7 @@ def _corpus(cfg: RefreshConfig, world: Almanac, path: Path) -> None:
     tokenizer = str(Path(cfg.home) / data / "tokenizer")
     overlap = min(16, cfg.chunk_tokens // 4)
     chunker = TokenChunker(tokens=cfg.chunk_tokens, overlap=overlap, tokenizer=tokenizer)
-    build(path, [rows], chunker)
+    build(path, [rows], chunker, keep_duplicates=True)
     rows.unlink()
 
 

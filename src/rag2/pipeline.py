@@ -141,7 +141,8 @@ def _write_data(cfg: Inputs, directory: Path, note: str) -> None:
         overlap = min(16, cfg.chunk_tokens // 4)
         tokenizer = str(staging / "tokenizer")
         chunker = TokenChunker(tokens=cfg.chunk_tokens, overlap=overlap, tokenizer=tokenizer)
-        build(staging / "kb.sqlite", [staging / "documents.jsonl"], chunker)
+        documents = staging / "documents.jsonl"  # named by questions, every one of them
+        build(staging / "kb.sqlite", [documents], chunker, keep_duplicates=True)
         (staging / MARK).write_text(note, encoding="utf-8")
         advance()
 

@@ -1,110 +1,76 @@
-"""Files as people have them, and files made to break what parses them."""
+"""An evaluation of questions, chunks and names that try to break out of where they are written."""
 
-import gzip
-import io
-import zipfile
-import zlib
-from collections.abc import Iterable
 from pathlib import Path
-from xml.sax.saxutils import escape
+from typing import Any
 
-NAMESPACE = "http://schemas.openxmlformats.org/wordprocessingml/2006/main"
-OPEN = f'<w:document xmlns:w="{NAMESPACE}"><w:body>'.encode()
-CLOSE = b"</w:body></w:document>"
-PART = "application/vnd.openxmlformats-officedocument.wordprocessingml.document.main+xml"
-PACKAGE = "http://schemas.openxmlformats.org/package/2006"
-TYPES = (
-    f'<Types xmlns="{PACKAGE}/content-types"><Default Extension="rels" ContentType='
-    '"application/vnd.openxmlformats-package.relationships+xml"/>'
-    f'<Override PartName="/word/document.xml" ContentType="{PART}"/></Types>'
+import numpy as np
+
+from made import ENVIRONMENT
+from rag2.evaluation import report, results
+from rag2.evaluation.outcome import ArmResult
+from rag2.evaluation.score import Scores
+from rag2.evaluation.select import Choice
+from rag2.types import Question
+
+TEXTS = (
+    "</script><script>window.broken = 1</script>",
+    '<img src="http://example.invalid/x.png" onerror="window.broken = 1">',
+    "quotes \" ' ` and braces {{ 7 * 7 }} {% raw %} ${window.broken = 1} {# #}",
+    "<!--<script> 日本語 é 𝄞 \u2028 \u202e &amp; &lt; | \\",
+    "\"'><svg onload='window.broken = 1'>",
+    "]]></style><style>* { display: none }",
 )
-RELATIONS = (
-    f'<Relationships xmlns="{PACKAGE}/relationships"><Relationship Id="r1" Type='
-    '"http://schemas.openxmlformats.org/officeDocument/2006/relationships/officeDocument"'
-    ' Target="word/document.xml"/></Relationships>'
-)
+PASSAGES = {chunk: f"{TEXTS[chunk % len(TEXTS)]}\nchunk {chunk}" for chunk in range(40)}
+LOGS = {
+    "base": [{"step": step, "loss": 3.0 / (step + 1)} for step in range(400)],
+    "retriever": [{"step": step, "loss": 1.0, "recall": step / 9} for step in range(9)],
+}
 
 
-def docx_part(path: Path, parts: Iterable[bytes]) -> Path:
-    """A Word file whose main part is made of `parts`."""
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("[Content_Types].xml", TYPES)
-        archive.writestr("_rels/.rels", RELATIONS)
-        with archive.open("word/document.xml", "w") as file:
-            for part in parts:
-                file.write(part)
-    return path
-
-
-def paragraph(text: str, style: str = "") -> str:
-    """One paragraph of a Word file."""
-    chosen = f'<w:pPr><w:pStyle w:val="{style}"/></w:pPr>' if style else ""
-    return f"<w:p>{chosen}<w:r><w:t>{escape(text)}</w:t></w:r></w:p>"
-
-
-def docx(path: Path, body: str) -> Path:
-    """A Word file with a body in its own markup."""
-    return docx_part(path, [OPEN, body.encode(), CLOSE])
-
-
-def pdf(path: Path, *pages: bytes, filters: bytes = b"/FlateDecode", info: bytes = b"") -> Path:
-    """A PDF file whose pages have the given content streams, encoded already."""
-    count = len(pages)
-    kids = b" ".join(b"%d 0 R" % (4 + 2 * n) for n in range(count))
-    objects = [
-        b"<< /Type /Catalog /Pages 2 0 R >>",
-        b"<< /Type /Pages /Kids [%s] /Count %d >>" % (kids, count),
-        b"<< /Type /Font /Subtype /Type1 /BaseFont /Helvetica >>",
-    ]
-    for n, stream in enumerate(pages):
-        objects.append(
-            b"<< /Type /Page /Parent 2 0 R /MediaBox [0 0 612 792] /Contents %d 0 R"
-            b" /Resources << /Font << /F1 3 0 R >> >> >>" % (5 + 2 * n)
+def questions(n: int) -> tuple[Question, ...]:
+    """Multiple-choice questions, each of another text, the last choice right."""
+    return tuple(
+        Question(
+            f"id-{i} {TEXTS[i % len(TEXTS)]}",
+            f"question {i}: {TEXTS[i % len(TEXTS)]}",
+            tuple(f"{i} {j} {text}" for j, text in enumerate(TEXTS[: 2 + i % 3])),
+            1 + i % 3,
+            metadata={"wording": ("seen", "unseen")[i % 2], "kind": TEXTS[i % 2], "n": i},
         )
-        head = b"<< /Length %d /Filter %s >>" % (len(stream), filters)
-        objects.append(head + b"\nstream\n" + stream + b"\nendstream")
-    objects.append(b"<< %s >>" % info)
-    out = io.BytesIO()
-    out.write(b"%PDF-1.4\n")
-    places = []
-    for number, body in enumerate(objects, 1):
-        places.append(out.tell())
-        out.write(b"%d 0 obj\n%s\nendobj\n" % (number, body))
-    start, size = out.tell(), len(objects) + 1
-    out.write(b"xref\n0 %d\n0000000000 65535 f \n" % size)
-    out.write(b"".join(b"%010d 00000 n \n" % place for place in places))
-    trailer = b"trailer << /Size %d /Root 1 0 R /Info %d 0 R >>\nstartxref\n%d\n%%%%EOF"
-    out.write(trailer % (size, len(objects), start))
-    path.write_bytes(out.getvalue())
-    return path
-
-
-def page(*lines: str) -> bytes:
-    """The content stream of a page with lines of ASCII text."""
-    shown = b"".join(b"(%s) Tj 0 -14 Td " % line.encode() for line in lines)
-    return zlib.compress(b"BT /F1 12 Tf 72 700 Td " + shown + b"ET")
-
-
-def repeated(data: bytes, times: int) -> bytes:
-    """The zlib stream of data said so often, made in little memory."""
-    packer = zlib.compressobj(9)
-    return b"".join(packer.compress(data) for _ in range(times)) + packer.flush()
-
-
-def laughs() -> bytes:
-    """The main part of a Word file that would be 10 GB of text: ten entities, each ten of the last."""
-    entities = "".join(
-        f'<!ENTITY {chr(98 + n)} "{f"&{chr(97 + n)};" * 10}">' for n in range(9)
+        for i in range(n)
     )
-    kinds = f'<!DOCTYPE l [<!ENTITY a "aaaaaaaaaa">{entities}]>'
-    return f"<?xml version='1.0'?>{kinds}".encode() + OPEN + paragraph("x").replace(
-        "x", "&j;"
-    ).encode() + CLOSE
 
 
-def squeezed(path: Path, data: bytes, times: int) -> Path:
-    """A gzip file of data said so often."""
-    with gzip.open(path, "wb") as file:
-        for _ in range(times):
-            file.write(data)
-    return path
+def make_arms(rng: np.random.Generator, n: int) -> list[ArmResult]:
+    """base, frozen_rag and joint on the same questions."""
+    asked, choice = questions(n), Choice(k=2, temperature=1.0, validation_accuracy=0.5)
+    missing_QC = np.arange(4) >= np.array([len(q.choices) for q in asked])[:, None]
+
+    def scores() -> Scores:
+        logp_QKC = np.where(missing_QC[:, None], -np.inf, -rng.exponential(5.0, (n, 3, 4)))
+        return Scores(
+            logp_QKC=logp_QKC,
+            closed_QC=logp_QKC[:, 0],
+            scores_QK=-np.sort(-rng.normal(0.0, 3.0, (n, 3)), axis=1),
+            ids_QK=np.argsort(rng.random((n, 40)), axis=1)[:, :3].astype(np.int64),
+        )
+
+    rag: dict[str, Any] = {"recall_at_1": 0.5, "recall_at_k": 0.75, "eval_seconds": 2.0}
+    return [
+        ArmResult.of("base", asked, scores(), eval_seconds=1.0),
+        ArmResult.of("frozen_rag", asked, scores(), choice, retriever="warm", **rag),
+        ArmResult.of("joint", asked, scores(), choice, retriever="joint", generator="joint", **rag),
+    ]
+
+
+def summary(arms: list[ArmResult]) -> dict[str, Any]:
+    """Their results.json, of a task with a hostile name."""
+    return results.summarize(f"task {TEXTS[0]}", arms, seed=0, environment=ENVIRONMENT)
+
+
+def write(directory: Path, rng: np.random.Generator, n: int) -> tuple[dict[str, Any], Path]:
+    """An evaluation's directory, as `eval compare` would leave it: (results, report.html)."""
+    arms = make_arms(rng, n)
+    found = summary(arms)
+    report.write(directory, found, arms, passages=PASSAGES, logs=LOGS)
+    return found, directory / "report.html"

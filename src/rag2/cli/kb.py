@@ -14,13 +14,37 @@ if TYPE_CHECKING:
 
 commands = typer.Typer(help="Build, change and read a knowledge base.", **SETTINGS)
 KB = Annotated[Path, typer.Argument(metavar="KB", help="The knowledge base, an SQLite file.")]
+Sources = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="SOURCE...",
+        help="Files (txt, md, html, pdf, docx, csv, jsonl, jsonl.gz, parquet), folders of them, or"
+        " hf:NAME[:SPLIT]: a data set of the hub or a folder that `datasets` saved.",
+    ),
+]
+KeepDuplicates = Annotated[
+    bool, typer.Option("--keep-duplicates", help="Take a text that was there before, too.")
+]
+NearDuplicates = Annotated[
+    float | None,
+    typer.Option(
+        "--near",
+        metavar="SHARE",
+        help="Also reject a text that shares so much with one before, as .9: beware where texts"
+        " differ in one fact only.",
+    ),
+]
+Seconds = Annotated[
+    float,
+    typer.Option(min=1, help="Longest time a parser may take for a document, then it is rejected."),
+]
 Only = Annotated[str | None, typer.Option("--namespace", help="Of this namespace alone.")]
 
 
 @commands.command("build")
 def kb_build(
     path: KB,
-    sources: Annotated[list[Path], typer.Argument(metavar="SOURCE...", help="Files or folders.")],
+    sources: Sources,
     tokenizer: Annotated[
         str,
         typer.Option(
@@ -31,6 +55,9 @@ def kb_build(
     tokens: Annotated[int, typer.Option(min=1, help="Longest chunk, in tokens.")] = 128,
     overlap: Annotated[int, typer.Option(min=0, help="Shared by neighbours, in tokens.")] = 16,
     strict: Annotated[bool, typer.Option(help="Any reject: write nothing, exit with 2.")] = False,
+    keep_duplicates: KeepDuplicates = False,
+    near: NearDuplicates = None,
+    seconds: Seconds = 60.0,
 ) -> None:
     """Read documents, cut them into chunks and write a new knowledge base.
 
@@ -42,10 +69,13 @@ def kb_build(
       rag2 kb build docs.sqlite handbook.md notes/ faq.jsonl
       rag2 kb build docs.sqlite faq.jsonl --tokens 64 --overlap 8 --strict
       rag2 kb build docs.sqlite docs/ --tokenizer BAAI/bge-small-en-v1.5
+      rag2 kb build docs.sqlite manual.pdf letters/*.docx site/ --near 0.9 --seconds 120
+      rag2 kb build docs.sqlite facts.parquet hf:saved/wiki:train --keep-duplicates
     """
     from rag2.config import load
     from rag2.kb.build import build
     from rag2.kb.chunk import TokenChunker
+    from rag2.kb.jail import Limits
 
     settings = [
         f"tokens={tokens}",
@@ -54,7 +84,8 @@ def kb_build(
     ]
     chunker = load(TokenChunker, None, settings)
     with status(f"building {path}"):
-        summary = build(path, sources, chunker, strict)
+        limits = Limits(seconds=seconds)
+        summary = build(path, sources, chunker, strict, keep_duplicates, near, limits)
     report(summary)
     if strict and summary.rejected:
         raise UserError(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rag2.cli.kb import KB, commands, report
+from rag2.cli.kb import KB, KeepDuplicates, NearDuplicates, Seconds, Sources, commands, report
 from rag2.cli.terminal import status
 from rag2.registry import UserError, nearest
 
@@ -16,13 +16,20 @@ if TYPE_CHECKING:
     from rag2.kb.ingest import Summary
     from rag2.kb.store import KnowledgeBase
 
-Sources = Annotated[list[str], typer.Argument(metavar="SOURCE...", help="Files or folders.")]
 Namespace = Annotated[str, typer.Option(help="Whose documents they are; ids differ within one.")]
 Strict = Annotated[bool, typer.Option(help="Any reject: change nothing, exit with 2.")]
 
 
 @commands.command("add")
-def kb_add(path: KB, sources: Sources, namespace: Namespace = "", strict: Strict = False) -> None:
+def kb_add(
+    path: KB,
+    sources: Sources,
+    namespace: Namespace = "",
+    strict: Strict = False,
+    keep_duplicates: KeepDuplicates = False,
+    near: NearDuplicates = None,
+    seconds: Seconds = 60.0,
+) -> None:
     """Add documents to a knowledge base; those whose id is there already are rejected.
 
     They are cut as those that are there. Good documents are kept and bad ones are listed with the
@@ -33,15 +40,23 @@ def kb_add(path: KB, sources: Sources, namespace: Namespace = "", strict: Strict
       rag2 kb add docs.sqlite news.md reports/
       rag2 kb add docs.sqlite faq.jsonl --namespace acme --strict
     """
+    from rag2.kb.jail import Limits
     from rag2.kb.transfer import add_new
 
+    limits = Limits(seconds=seconds)
     with _changing(path, strict) as (kb, chunker, done):
-        done.append(add_new(kb, sources, chunker, namespace))
+        done.append(add_new(kb, sources, chunker, namespace, keep_duplicates, near, limits))
 
 
 @commands.command("update")
 def kb_update(
-    path: KB, sources: Sources, namespace: Namespace = "", strict: Strict = False
+    path: KB,
+    sources: Sources,
+    namespace: Namespace = "",
+    strict: Strict = False,
+    keep_duplicates: KeepDuplicates = False,
+    near: NearDuplicates = None,
+    seconds: Seconds = 60.0,
 ) -> None:
     """Add documents that are new, replace those that changed, leave those that are equal.
 
@@ -50,13 +65,15 @@ def kb_update(
 
     \b
     Examples:
-      rag2 kb update docs.sqlite docs/
+      rag2 kb update docs.sqlite docs/ manual.pdf
       rag2 kb update docs.sqlite faq.jsonl --namespace acme
     """
     from rag2.kb.ingest import ingest
+    from rag2.kb.jail import Limits
 
+    limits = Limits(seconds=seconds)
     with _changing(path, strict) as (kb, chunker, done):
-        done.append(ingest(kb, sources, chunker, namespace))
+        done.append(ingest(kb, sources, chunker, namespace, keep_duplicates, near, limits))
 
 
 @commands.command("remove")

@@ -18,7 +18,7 @@ def build(
     sources: Sequence[Path | str],
     chunker: Chunker,
     strict: bool = False,
-    duplicates: bool = False,
+    keep_duplicates: bool = False,
     near: float | None = None,
     limits: Limits | None = None,
 ) -> Summary:
@@ -37,7 +37,7 @@ def build(
     try:
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as staging:
             partial = Path(staging) / path.name
-            inputs = Inputs(sources, duplicates, near, limits)
+            inputs = Inputs(sources, keep_duplicates, near, limits)
             with KnowledgeBase(partial, create=True) as kb:
                 chunks = kb.add(inputs, chunker)
                 kb.seal()

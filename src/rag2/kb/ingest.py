@@ -60,15 +60,15 @@ class Inputs:
     def __init__(
         self,
         sources: Sequence[Path | str],
-        duplicates: bool = False,
+        keep_duplicates: bool = False,
         near: float | None = None,
         limits: Limits | None = None,
     ) -> None:
-        """`duplicates` keeps texts that were there before; raises UserError for a bad `near`."""
+        """`keep_duplicates`: also texts that came before. Raises UserError for a bad `near`."""
         self.sources, self.limits = sources, limits
         self.seen: dict[str, str] = {}  # document id -> place
         self.rejected: list[Reject] = []
-        self._finders: list[Exact | Near] = [] if duplicates else [Exact()]
+        self._finders: list[Exact | Near] = [] if keep_duplicates else [Exact()]
         if near is not None:
             self._finders.append(Near(near))
 
@@ -104,7 +104,7 @@ def ingest(
     sources: Sequence[Path | str],
     chunker: Chunker,
     namespace: str = "",
-    duplicates: bool = False,
+    keep_duplicates: bool = False,
     near: float | None = None,
     limits: Limits | None = None,
 ) -> Summary:
@@ -114,7 +114,7 @@ def ingest(
     change nothing; after a kill the same call completes the rest, to the same content. Raises
     UserError if a source is missing, or no document was accepted.
     """
-    inputs = Inputs(sources, duplicates, near, limits)
+    inputs = Inputs(sources, keep_duplicates, near, limits)
     updated = unchanged = chunks = 0
     for batch in _batches(inputs):
         put = kb.put(batch, chunker, namespace)

@@ -67,11 +67,12 @@ class Jail:
                 if "missing" in frame:
                     needs = f"{name} needs the package {frame['missing']!r}"
                     raise UserError(f"{needs}; pip install 'rag2[ingest]'")
+                place = str(frame.get("place", name))
                 if "reason" in frame:
-                    yield str(frame["place"]), Malformed(str(frame["reason"]))
+                    yield place, Malformed(str(frame["reason"]))
                 elif "row" in frame:
                     count += 1
-                    yield str(frame["place"]), frame["row"]
+                    yield place, frame["row"]
                 else:
                     done = True
         except _Ended as ended:
@@ -117,7 +118,13 @@ class Jail:
         (length,) = LENGTH.unpack(self._take(LENGTH.size))
         if length > FRAME:
             raise _Ended(f"a row of more than {FRAME:,} bytes")
-        return json.loads(self._take(length))
+        try:
+            frame = json.loads(self._take(length))
+        except (ValueError, RecursionError):
+            frame = None
+        if not isinstance(frame, dict):
+            raise _Ended("the parser says what is no row")
+        return frame
 
     def _take(self, size: int) -> bytes:
         """So many bytes from the child, which has to say something within the time limit."""

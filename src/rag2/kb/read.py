@@ -82,7 +82,7 @@ def _file_rows(path: Path, name: str, jail: Jail) -> Iterator[Row]:
         else:
             yield from lookup("reader", suffix)(path, name)
     except Malformed as error:
-        yield name, error
+        yield name, error.with_traceback(None)
     except OSError as error:
         yield name, Malformed(f"cannot be read: {error.strerror}")
 
@@ -101,7 +101,7 @@ def _unreadable(path: Path) -> str:
     if _suffix(path) in known:
         return ""
     allowed = ", ".join(f".{suffix}" for suffix in known)
-    return f"unknown file type {path.suffix!r}; allowed: {allowed}"
+    return f"unknown file type {'.' + _suffix(path)!r}; allowed: {allowed}"
 
 
 def _suffix(path: Path) -> str:

@@ -55,7 +55,7 @@ def lines(file: IO[bytes] | io.BufferedIOBase, newline: str = "\n") -> Iterator[
     except UnicodeDecodeError as error:  # only UTF-16 and UTF-32, where nobody can go on
         yield Malformed(f"malformed {error.encoding} from here on: {error.reason}")
     except Malformed as error:
-        yield error
+        yield error.with_traceback(None)  # which would hold the file
     finally:
         buffered.close()
 
@@ -74,7 +74,7 @@ def csv_rows(path: Path, name: str) -> Iterator[tuple[str, list[str] | Malformed
         except csv.Error as error:
             yield place, Malformed(f"malformed CSV: {error}")
         except Malformed as error:
-            yield place, error
+            yield place, error.with_traceback(None)
         else:
             if cells:  # no blank line
                 yield place, cells

@@ -7,19 +7,26 @@ from pathlib import Path
 
 from rag2.kb.chunk import Chunker
 from rag2.kb.ingest import Inputs, Reject, Summary
+from rag2.kb.jail import Limits
 from rag2.kb.store import KnowledgeBase
 from rag2.registry import UserError
 from rag2.types import Document
 
 
 def add_new(
-    kb: KnowledgeBase, sources: Sequence[Path | str], chunker: Chunker, namespace: str = ""
+    kb: KnowledgeBase,
+    sources: Sequence[Path | str],
+    chunker: Chunker,
+    namespace: str = "",
+    keep_duplicates: bool = False,
+    near: float | None = None,
+    limits: Limits | None = None,
 ) -> Summary:
     """Add the documents of `sources`, as one version; an id that is live already is rejected.
 
     Raises UserError if a source is missing, or no document was accepted.
     """
-    inputs = Inputs(sources)
+    inputs = Inputs(sources, keep_duplicates, near, limits)
 
     def fresh() -> Iterator[Document]:
         for document in inputs:

@@ -79,25 +79,39 @@ def _check(columns: list[str]) -> None:
 def _batch_rows(
     batch: "pyarrow.RecordBatch | pyarrow.Table", first: int, name: str
 ) -> Iterator[Row]:
-    """The rows of a batch; one that cannot be decoded spoils itself alone."""
-    try:
-        rows = batch.to_pylist()
-    except (ValueError, OverflowError):  # UTF-8 that is none, dates beyond Python's
-        rows = None
-    for number in range(batch.num_rows):
-        place = f"{name}:{first + number}"
+    """The rows of a batch; a cell that cannot be decoded spoils its own row alone."""
+    names = batch.schema.names
+    columns = [_cells(batch.column(number)) for number in range(len(names))]
+    for number, cells in enumerate(zip(*columns, strict=True), first):
+        place = f"{name}:{number}"
         try:
-            row = batch.slice(number, 1).to_pylist()[0] if rows is None else rows[number]
-            yield place, {key: _plain(key, value) for key, value in row.items()}
-        except UnicodeDecodeError as error:
-            yield place, Malformed(f"invalid UTF-8 at byte {error.start} of a cell")
-        except (ValueError, OverflowError) as error:
-            yield place, Malformed(str(error))
+            yield place, {key: _plain(key, cell) for key, cell in zip(names, cells, strict=True)}
+        except Malformed as error:
+            yield place, error
+
+
+def _cells(column: Any) -> list[Any]:
+    """The cells of a column; Malformed for those that are UTF-8 or dates that Python has not."""
+    try:
+        return column.to_pylist()
+    except (ValueError, OverflowError):
+        return [_cell(cell) for cell in column]
+
+
+def _cell(cell: Any) -> Any:
+    try:
+        return cell.as_py()
+    except UnicodeDecodeError as error:
+        return Malformed(f"invalid UTF-8 at byte {error.start} of a cell")
+    except (ValueError, OverflowError) as error:
+        return Malformed(str(error))
 
 
 def _plain(key: str, value: Any) -> Any:
     """A cell as JSON has it: dates in ISO form, NaN missing; raises Malformed for what is none."""
     match value:
+        case Malformed():
+            raise value
         case str() | bool() | int() | None:
             return value
         case float() if math.isnan(value):

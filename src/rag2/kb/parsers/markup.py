@@ -30,9 +30,11 @@ class Text(HTMLParser):
             self._hidden.append(tag)
         elif tag == "tr":
             self._row = 0
-            self._pieces.append("\n")
+            if not "".join(self._pieces[-1:]).endswith("\n"):
+                self._pieces.append("\n")
         elif tag in ("td", "th"):
-            self._pieces.append(" | " if self._row else "")
+            if self._row:
+                self._pieces.append(" | ")
             self._row, self._cells = self._row + 1, self._cells + 1
         elif tag in BLOCKS:
             self._break(2 if tag in APART else 1)

@@ -1,7 +1,6 @@
 """Living knowledge: what was added is found at once, what was removed never again."""
 
 import importlib.util
-import shutil
 import sys
 import threading
 from collections.abc import Iterator
@@ -14,14 +13,11 @@ import numpy as np
 import pytest
 
 from hashed import DIMENSION, embedder, vectors
-from lines import Lines
-from rag2 import artifact
+from lines import Lines, documents
 from rag2.index.flat import Flat
-from rag2.index.generation import Generation
 from rag2.kb.store import KnowledgeBase
-from rag2.live import folder
 from rag2.live.live import Live
-from rag2.live.view import Embedder, Part
+from rag2.live.view import Embedder
 from rag2.registry import UserError
 from rag2.types import Document
 
@@ -48,11 +44,6 @@ def live(tmp_path: Path) -> Iterator[Live]:
     KnowledgeBase(tmp_path / "kb.sqlite", create=True).close()
     with Live(tmp_path / "kb.sqlite", embedder(), FLAT, tmp_path / "generations") as live:
         yield live
-
-
-def documents(count: int, prefix: str = "d") -> list[Document]:
-    """Each with two lines that no other has."""
-    return [Document(f"{prefix}{n}", f"{prefix} one {n}\n{prefix} two {n}") for n in range(count)]
 
 
 def found(live: Live, text: str, k: int = 1, spaces: list[str] | None = None) -> list[str]:
@@ -224,178 +215,6 @@ def test_changes_of_a_batch_are_found_together_at_its_end(live: Live):
     assert {*found(live, "d one 1", 9)} == {"d one 1", "d two 1", "after"}
 
 
-# ----- namespaces --------------------------------------------------------------------------------
-
-
-def crowded(texts: Any, side: str = "chunk") -> np.ndarray:
-    """Texts `what/who`: near-duplicates if they say the same thing, whoever says it."""
-    rows = []
-    for text in texts:
-        what, _, who = text.partition("/")
-        base, own = (np.random.default_rng([*part.encode()]) for part in (what, what + who))
-        rows.append(base.normal(size=16) + 1e-3 * own.normal(size=16))
-    return np.array(rows, dtype=np.float32).reshape(len(rows), 16)
-
-
-def test_a_namespace_sees_nothing_of_the_others_not_even_in_its_scores(tmp_path, dice, rng):
-    KnowledgeBase(tmp_path / "kb.sqlite", create=True).close()
-    spaces = ["", *(f"tenant {n}" for n in range(7))]
-    sizes = dict(zip(spaces, [150, 3, 10, 30, 30, 60, 90, 0], strict=True))
-    with Live(tmp_path / "kb.sqlite", Embedder("c", 16, crowded), FLAT) as live:
-
-        def said(space: str, first: int, last: int) -> list[Document]:
-            return [Document(f"{n}", f"thing {n}/{space}") for n in range(first, last)]
-
-        for space in spaces:
-            live.add(said(space, 0, sizes[space]), LINES, space)
-        live.refresh()
-        for space in spaces:  # a delta, and dead rows
-            live.add(said(space, 200, 200 + sizes[space] // 5), LINES, space)
-            live.remove([f"{n}" for n in range(0, sizes[space], 9)], space)
-        queries_BD = crowded([f"thing {dice.randrange(240)}/me" for _ in range(1250)])
-        before = {space: live.nearest(queries_BD, 5, [space]) for space in spaces}
-        pairs = 0
-        for space, answer in before.items():
-            mine = {c.id for n in range(240) for c in live._reader.chunks_of(f"{n}", space)}
-            want = min(5, len(mine))
-            assert answer.ids_BK.shape == (1250, want) and {*answer.ids_BK.ravel()} <= mine
-            for row in rng.integers(1250, size=5 if want else 0):
-                assert all(chunk.text.endswith(f"/{space}") for chunk in answer.chunks(row))
-            pairs += len(answer.ids_BK)
-        assert pairs == 10_000
-        for space in ("", "tenant 5"):
-            brute_BK = brute(live, queries_BD, space)
-            assert (before[space].ids_BK == brute_BK).all()
-
-        kept = spaces[:4]
-        for space in spaces[4:]:
-            live.remove([d.id for d in live._reader.documents(space)][::2], space)
-            live.put([Document(f"{n}", f"thing {n}/again") for n in range(100)], LINES, space)
-        for _ in range(2):
-            for space in kept:
-                again = live.nearest(queries_BD, 5, [space])
-                assert again.ids_BK.tobytes() == before[space].ids_BK.tobytes()
-                assert again.scores_BK.tobytes() == before[space].scores_BK.tobytes()
-            live.refresh()
-
-
-def brute(live: Live, queries_BD: np.ndarray, space: str) -> np.ndarray:
-    """Chunk ids of the five best of a namespace, by looking at everything in it."""
-    chunks = [c for d in live._reader.documents(space) for c in live._reader.chunks_of(d.id, space)]
-    ids_N = np.array([chunk.id for chunk in chunks])
-    wide = crowded([chunk.text for chunk in chunks]).astype(np.float64)
-    scores_BN = (queries_BD.astype(np.float64) @ wide.T).astype(np.float32)
-    order_BK = np.lexsort((np.broadcast_to(ids_N, scores_BN.shape), -scores_BN), axis=1)[:, :5]
-    return ids_N[order_BK]
-
-
-# ----- erasure -----------------------------------------------------------------------------------
-
-
-def canary(n: int) -> str:
-    """A text of one document alone."""
-    return f"canary {n} sings Xq{n}Zv"
-
-
-def traces(where: Path, count: int) -> list[str]:
-    """Every file that holds a canary, as text or as its embedding."""
-    patterns = [canary(n).encode(code) for n in range(count) for code in ("utf-8", "utf-16-le")]
-    patterns += [f"xq{n}zv".encode() for n in range(count)]  # as the full-text index has it
-    patterns += [f"bird-{n}.txt".encode() for n in range(count)]
-    passages = [f"Bird Xq{n}Zv\n{canary(n)}" for n in range(count)]
-    patterns += [row.tobytes() for row in crowded(passages)]
-    files = [path for path in where.rglob("*") if path.is_file()]
-    return [path.name for path in files if any(p in path.read_bytes() for p in patterns)]
-
-
-def test_a_hundred_removed_documents_leave_no_byte_after_compaction(tmp_path: Path):
-    where = tmp_path / "kb"
-    where.mkdir()
-    KnowledgeBase(where / "kb.sqlite", create=True).close()
-    birds = [Document(f"bird-{n}.txt", canary(n), f"Bird Xq{n}Zv") for n in range(100)]
-    who = Embedder("c", 16, crowded)
-    with Live(where / "kb.sqlite", who, FLAT, where / "generations") as live:
-        live.add(documents(50), LINES)
-        live.add(birds[:60], LINES)
-        live.add(birds[60:90], LINES, "aviary")
-        live.refresh()
-        live.add(birds[90:], LINES)
-        launched = live.snapshot().build(FLAT)
-        live.remove([bird.id for bird in birds[:60] + birds[91:]])
-        live.remove([bird.id for bird in birds[60:90]], "aviary")
-        live.put([Document(birds[90].id, "nothing")], LINES)
-        live.remove([birds[90].id])
-        shutil.copytree(where / "generations" / "000000", where / "generations" / "000007")
-        assert {"kb.sqlite-wal", "index.faiss", "chunks.arrow"} <= {*traces(where, 100)}
-        before = live.search(["d one 7"], 100)
-        assert live.compact() == 101
-        assert traces(where, 100) == []
-        live.swap(launched)  # begun before the compaction
-        assert traces(where, 100) == []
-        after = live.search(["d one 7"], 100)
-        assert after.ids_BK.tobytes() == before.ids_BK.tobytes() and len(after.ids_BK[0]) == 100
-        assert [chunk.text for chunk in after.chunks()] == [c.text for c in before.chunks()]
-        live.remove([f"d{n}" for n in range(50)])
-        live.compact()
-        assert live.search(["d one 7"], 9).ids_BK.shape == (1, 0)
-        assert [path for path in (where / "generations").iterdir()] == []
-    assert traces(where, 100) == []
-
-
-def test_full_text_search_is_as_it_was_after_a_compaction(tmp_path: Path, dice):
-    with KnowledgeBase(tmp_path / "kb.sqlite", create=True) as kb:
-        for space in ("", "a", "b"):
-            kb.add(documents(20), LINES, space)
-        kb.remove([f"d{n}" for n in range(20)], "b")
-        kb.remove(["d3", "d4"])
-        found = {q: kb.search_text(q, 99) for q in ("one", "7", "d two", "3")}
-        content, version, chunks = kb.content_hash(), kb.version, kb.chunks()
-        assert kb.compact() == 44
-        assert {q: kb.search_text(q, 99) for q in found} == found
-        assert (kb.content_hash(), kb.version, kb.chunks()) == (content, version, chunks)
-        assert kb.chunks(version) == chunks and kb.since(version) is not None
-        assert kb.since(version - 1) is None and kb.namespaces() == ["", "a"]
-        with pytest.raises(UserError, match=f"version {version - 1} was compacted away"):
-            kb.chunks(version - 1)
-        kb.add(documents(1), LINES, "b")
-        assert kb.version == version + 1 and kb.search_text("one", 9, ["b"])
-        assert kb.compact() == 0
-        assert kb.chunks()[-1].id == 122  # ids go on
-
-
-def test_a_compaction_beside_a_reader_of_an_old_state_says_so(tmp_path: Path):
-    with KnowledgeBase(tmp_path / "kb.sqlite", create=True) as kb:
-        kb.add(documents(5), LINES)
-        kb.remove(["d1"])
-        kb._db.execute("PRAGMA busy_timeout = 10")
-        with KnowledgeBase(tmp_path / "kb.sqlite") as other:
-            with other.reading():
-                assert other.version == 2
-                with pytest.raises(UserError, match="compact it again"):
-                    kb.compact()
-            assert kb.compact() == 0
-        assert (tmp_path / "kb.sqlite-wal").stat().st_size == 0
-        assert b"d one 1" not in (tmp_path / "kb.sqlite").read_bytes()
-
-
-def test_purge_drops_the_generations_that_hold_what_is_gone(live: Live):
-    where = live.generations
-    assert where
-    live.add(documents(4), LINES)
-    whole = live.snapshot().build(FLAT)
-    live.remove(["d1"])
-    clean = live.snapshot().build(FLAT)
-    assert whole and clean
-    clean.save(where / "000001")
-    whole.save(where / "000002", pointer=where / "current")
-    clean.save(where / "000003")
-    (where / "000003" / "chunks.arrow").write_bytes(b"nobody can tell")
-    assert {path.name for path in folder.purge(where, live._reader.alive())} == {"000002", "000003"}
-    assert [path.name for path in where.iterdir()] == ["000001"]  # the pointer named one of them
-    loaded = folder.newest(where, "hashed")
-    assert isinstance(loaded, Generation) and artifact.is_complete(where / "000001")
-
-
 # ----- threads -----------------------------------------------------------------------------------
 
 
@@ -457,23 +276,3 @@ def test_a_swap_in_two_steps_is_found(live: Live, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(Live, "_install", hasty)
     assert crossing(live, searches=1000, swaps=100)
-
-
-def test_the_parts_agree_whichever_way_they_are_searched(rng: np.random.Generator):
-    vectors_ND = rng.normal(size=(300, 16)).astype(np.float32)
-    vectors_ND[100:200] = vectors_ND[:100]  # ties, which ids settle
-    queries_BD = vectors_ND[rng.integers(300, size=20)]
-    ids_N = np.sort(rng.choice(10_000, size=300, replace=False))
-    index = FLAT.build(vectors_ND, ids_N)
-    for share in (0.01, 0.1, 0.24, 0.3, 0.7, 0.99):
-        names = {int(id): "a" if rng.random() < share else "b" for id in ids_N}
-        part = Part.of(index, names).without(ids_N[rng.random(300) < 0.1].tolist())
-        may_N = part.alive_N & np.array([names[int(id)] == "a" for id in ids_N])
-        if not may_N.any():
-            continue
-        alone = FLAT.build(vectors_ND[may_N], ids_N[may_N])
-        for k in (1, 7, 290):
-            wanted = alone.search(queries_BD, min(k, len(alone)))
-            got = part.search(queries_BD, k, ["a"])
-            for one, other in zip(got, wanted, strict=True):
-                assert one.tobytes() == other.tobytes()

@@ -20,3 +20,8 @@ class Lines:
                 spans.append((start, start + len(line)))
             start += len(line) + 1
         return spans
+
+
+def documents(count: int, prefix: str = "d") -> list[Document]:
+    """Each with two lines that no other has."""
+    return [Document(f"{prefix}{n}", f"{prefix} one {n}\n{prefix} two {n}") for n in range(count)]

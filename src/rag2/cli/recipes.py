@@ -89,6 +89,10 @@ RECIPES = {
             "Measure build, search, memory and recall of every kind of index.",
             "configs/demo/backends.yaml sizes=[10000] out=runs/backends",
         ),
+        "live": (
+            "Time from a change of the knowledge base to the search that shows it.",
+            "configs/demo/live.yaml out=runs/live",
+        ),
         "scaling": (
             "Measure what an index refresh costs, and plan it for larger corpora.",
             "configs/demo/scaling.yaml out=runs/scaling",

@@ -53,8 +53,8 @@ class Words:
     def rebuild(self) -> None:
         """Index the live chunks anew, and them alone; a namespace without any is forgotten.
 
-        FTS5 keeps the words of what was deleted until it happens to merge them away, and
-        'optimize' leaves them where there is nothing to merge.
+        FTS5 keeps the words of what was deleted until it happens to merge them away; a table that
+        is written anew holds nothing else, whatever it merges.
         """
         alive = f"FROM chunks WHERE namespace = ? AND {LIVE}"
         for number, name in self._db.execute("SELECT number, name FROM namespaces").fetchall():

@@ -82,7 +82,8 @@ class Live:
         """
         self.path, self.backend, self.generations = Path(path), backend, generations
         # A connection each: a search waits neither for a commit nor for the making of a view.
-        self._writer, self._maker, self._reader = (KnowledgeBase(path) for _ in range(3))
+        self._writer = KnowledgeBase(path)
+        self._maker, self._reader = (KnowledgeBase(path, trusted=True) for _ in range(2))
         # Who needs several takes them in this order.
         self._writing, self._making, self._seeing = RLock(), RLock(), Lock()
         found = folder.newest(generations, embedder.fingerprint) if generations else None

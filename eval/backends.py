@@ -11,7 +11,6 @@ not answer, or a step that takes longer than `limit_seconds`, becomes a row that
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -144,7 +143,7 @@ def cell(spec: Spec, out: Path, threads: int, limit: float) -> dict[str, Any]:
         try:
             said, complaint = process.communicate(timeout=limit)
         except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGINT)  # it drops on a server what it had begun there
+            process.terminate()  # it drops on a server what it had begun there
             try:
                 process.communicate(timeout=30)
             except subprocess.TimeoutExpired:

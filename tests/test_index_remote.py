@@ -123,6 +123,19 @@ def test_what_is_said_to_be_exact_is_a_flat_index_to_the_bit(
     assert index.vectors(rows[:0]).shape == (0, 16) and index.search(queries[:0], 2)[1].size == 0
 
 
+def test_lists_longer_than_a_server_returns_are_found_by_looking_at_every_row(
+    rng: np.random.Generator, uri: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("rag2.index.milvus.LARGEST_M", 20)
+    embeddings, queries = np.repeat(unit(rng, 20, 8), 3, axis=0), unit(rng, 3, 8)
+    ids = rng.permutation(1000)[:60]
+    index = Milvus(uri=uri, kind="flat").build(embeddings, ids)
+    for k in (3, 20, 30):  # the 20th is the second of three equals
+        np.testing.assert_array_equal(
+            index.search(queries, k)[1], brute_force(embeddings, ids, queries, k)[1]
+        )
+
+
 def test_a_graph_on_a_server_finds_90_percent(rng: np.random.Generator, uri: str, dsn: str):
     embeddings, queries = unit(rng, 500, 16), unit(rng, 30, 16)
     truth = brute_force(embeddings, np.arange(500), queries, 10)[1]

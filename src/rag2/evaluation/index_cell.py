@@ -8,6 +8,7 @@ stdout as JSON.
 """
 
 import json
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -121,6 +122,7 @@ def anonymous() -> int:
 
 def main(argv: list[str]) -> int:
     """Do what the file says; 2 and one line on stderr for what a user can mend."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what was begun is cleared away
     spec = Spec.model_validate_json(Path(argv[0]).read_text(encoding="utf-8"))
     try:
         told = {"build": build, "search": search, "drop": drop}[spec.do](spec)

@@ -150,3 +150,18 @@ def test_a_file_of_the_old_format_is_read_as_it_is_and_upgraded_by_its_first_cha
         assert other.search_text("new", 3) == found.search_text("new", 3) != []
     with KnowledgeBase(old) as found:
         assert found.namespaces() == ["", "a"]
+
+
+def test_every_commit_is_synced(kb):
+    assert kb._db.execute("PRAGMA synchronous").fetchone() == (2,)  # FULL: a power cut
+
+
+def test_a_document_of_another_namespace_is_told_and_words_are_found_in_a_batch(kb, chunker):
+    kb.put([Document("d", "wax")], chunker, namespace="acme")
+    with pytest.raises(UserError, match="no document 'd'; it is in another namespace: 'acme'"):
+        kb.remove(["d"])
+    with pytest.raises(ValueError, match="a collection of names"):
+        kb.search_text("wax", 5, "acme")
+    with kb.batch():
+        kb.put([Document("e", "wax")], chunker)
+        assert len(kb.search_text("wax", 10**30)) == 2

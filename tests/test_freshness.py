@@ -71,6 +71,11 @@ def test_a_revision_from_files_says_which_answer_is_stale(tmp_path: Path):
         bad = write_jsonl(tmp_path / "bad.jsonl", [row | {"metadata": {"stale": stale}}])
         with pytest.raises(UserError, match=r"'q': metadata.stale=.* must be .*, one of \[0, 2\]"):
             revision.given(updates, bad, [])
+    same = Question("q", "Where?", ("here", "there"), 0)
+    assert not revision.given(updates, good, [same]).unchanged  # its answer is another one now
+    twice = write_jsonl(tmp_path / "twice.jsonl", [{"id": "d", "text": t} for t in ("x", "y")])
+    with pytest.raises(UserError, match="document 'd' is given twice"):
+        revision.given(twice, good, [])
     broken = write_jsonl(tmp_path / "broken.jsonl", [{"id": "d"}])
     with pytest.raises(UserError, match=r"updates=.*broken.jsonl:1: no 'text'"):
         revision.given(broken, good, [])
@@ -126,6 +131,9 @@ def test_what_is_counted_is_right_stale_and_paired_with_every_other_row():
     against = pairs["rag, kb", "ft, lora"]  # 6 questions, all one way
     assert against["difference"] == pytest.approx(0.6)
     assert against["mcnemar_p"] == pytest.approx(2 * 0.5**6)
+    assert against["holm_p"] == pytest.approx(2 * 0.5**6)  # the larger of two
+    least = pairs["rag, kb", "rag, nothing"]  # 8 questions, all one way
+    assert least["holm_p"] == pytest.approx(2 * least["mcnemar_p"]) == pytest.approx(4 * 0.5**8)
 
 
 def config_of(home: Path, out: Path, **changes: Any) -> dict[str, Any]:

@@ -174,3 +174,10 @@ def running(pid: str) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except OSError:
         return False
+
+
+def test_what_lies_in_the_folder_that_is_read_is_never_run(tmp_path, monkeypatch):
+    (tmp_path / "json.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'{"text": "wax"}\n'))
+    monkeypatch.chdir(tmp_path)
+    assert "ok wax" in outcomes(tmp_path).values() and not (tmp_path / "ran").exists()

@@ -16,6 +16,7 @@ from hashed import DIMENSION, embedder, vectors
 from lines import Lines, documents
 from rag2.index.flat import Flat
 from rag2.kb.store import KnowledgeBase
+from rag2.live import folder
 from rag2.live.live import Live
 from rag2.live.view import Embedder
 from rag2.registry import UserError
@@ -200,6 +201,52 @@ def test_the_edges_give_short_lists_or_one_clear_error(live: Live):
         live.remove(["d0", "d1"])
     with pytest.raises(KeyError):
         live.view().chunk(1)
+
+
+def test_a_compaction_leaves_nothing_dead_in_memory_and_only_its_own_generation(
+    live: Live, tmp_path: Path
+):
+    place = tmp_path / "generations"
+    for name in ("2024", "123456"):  # somebody else's
+        (place / name).mkdir(parents=True)
+        (place / name / "thesis.txt").write_text("x")
+    live.put([Document("a", "wax\nsoap"), Document("b", "rye")], LINES)
+    live.refresh()
+    live.put([Document("c", "salt")], LINES)
+    live.refresh()
+    live.remove(["a"])
+    view = live.view()
+    assert view.base and not view.base.alive_N.all()
+    live.compact()
+    view = live.view()
+    assert view.base and view.base.alive_N.all() and len(view.base.index) == 2
+    assert (place / "2024" / "thesis.txt").exists() and (place / "123456/thesis.txt").exists()
+    own = [path for path in place.iterdir() if (path / "manifest.json").exists()]
+    assert len(own) == 1
+    for wrong in (lambda: live.search("wax", 1), lambda: live.search(["wax"], 1, "acme")):
+        with pytest.raises(ValueError, match="not one"):
+            wrong()
+
+
+def test_a_compaction_by_another_process_while_a_generation_is_saved_leaves_none_of_it(
+    live: Live, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    live.put([Document("a", "wax"), Document("b", "rye")], LINES)
+    publish = folder.publish
+
+    def slow(generation: Any, directory: Path) -> None:
+        monkeypatch.setattr(folder, "publish", publish)
+        with KnowledgeBase(tmp_path / "kb.sqlite") as other:
+            other.remove(["a"])
+            other.compact()
+            folder.purge(directory, set(other.alive()))
+        publish(generation, directory)
+
+    monkeypatch.setattr(folder, "publish", slow)
+    live.refresh()
+    files = [path for path in (tmp_path / "generations").rglob("*") if path.is_file()]
+    assert files and not any(b"wax" in path.read_bytes() for path in files)
+    assert found(live, "wax", k=5) == ["rye"]
 
 
 def test_changes_of_a_batch_are_found_together_at_its_end(live: Live):

@@ -153,3 +153,20 @@ def test_every_mutated_row_is_accounted_for(tmp_path, dice):
         if isinstance(item, Document):
             assert json.dumps([item.id, item.text, item.title, item.metadata]).encode()
             assert item.text.encode() and clean(item.text) == item.text
+
+
+def test_what_would_take_for_ever_or_swell_has_a_reason(tmp_path):
+    (tmp_path / "a.md").write_text("# " + "#" * 200_000 + "x\n\nbody")
+    (tmp_path / "b.md").write_text("# Title ##\n\nbody")
+    marks = "a" + "\u0300" * 20_000 + "\u0316" * 20_000
+    (tmp_path / "c.txt").write_text(marks)
+    (tmp_path / "d.md").write_text(f"# {marks}\nbody")
+    (tmp_path / "e.jsonl").write_text(json.dumps({"title": "t" * 2_001, "text": "x"}) + "\n")
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    found = dict(read(tmp_path))
+    assert "more than 2,000 characters" in str(found["a.md"])
+    assert found["b.md"].title == "Title" and found["b.md"].text == "body"
+    assert all("combining marks" in found[name] for name in ("c.txt", "d.md"))
+    assert found["e.jsonl:1"] == "'title' has more than 2,000 characters"
+    assert found["link"] == "a link to a folder, which is not followed"

@@ -112,7 +112,7 @@ def main(cfg: JointConfig) -> dict[str, float]:
     refuse(cfg)
     rows = parts.rows_each(cfg.batch_size, cfg.accumulate)
     checkpoint.seed_everything(cfg.seed)
-    with KnowledgeBase(Path(cfg.kb)) as kb:
+    with KnowledgeBase(Path(cfg.kb)) as kb, kb.reading():
         chunks, kb_version, kb_hash = kb.chunks(), kb.version, kb.content_hash()
     everything = load_questions(cfg.questions)
     questions = subset(split(everything, "train"), cfg.question_share, cfg.seed)

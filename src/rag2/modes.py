@@ -18,7 +18,8 @@ FUSED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.
 def evaluating(model: Any) -> Iterator[None]:
     """Evaluation mode inside; afterwards every module of the torch model is in the mode it had."""
     training = [module for module in model.modules() if module.training]
-    model.eval()
+    if training:  # setting the mode of every module takes longer than embedding a short text
+        model.eval()
     try:
         yield
     finally:

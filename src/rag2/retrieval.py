@@ -76,7 +76,7 @@ class Fused:
 
     score = w dense' + (1 - w) lexical', where s' = (s - s_min) / (s_max - s_min) over the best
     DEPTH of a list, 0 for a chunk that it does not hold and where all its scores are equal.
-    Relations: w = 1 has the order of the dense list, w = 0 that of the lexical one.
+    Relations, for k < DEPTH: w = 1 has the order of the dense list, w = 0 that of the lexical one.
     """
 
     dense: Retriever

@@ -36,7 +36,9 @@ NearDuplicates = Annotated[
 ]
 Seconds = Annotated[
     float,
-    typer.Option(min=1, help="Longest time a parser may take for a document, then it is rejected."),
+    typer.Option(
+        min=1, max=86_400, help="Longest time a parser may take for a document; then: rejected."
+    ),
 ]
 Only = Annotated[str | None, typer.Option("--namespace", help="Of this namespace alone.")]
 
@@ -128,7 +130,7 @@ def kb_show(
     with KnowledgeBase(path) as base:
         found = {document.id: document for document in base.documents(namespace)}
         if id not in found:
-            raise UserError(f"{path} has no document {id!r}.{nearest(id, found)}")
+            raise base.missing(id, namespace, f".{nearest(id, found)}")
         document = found[id]
         typer.echo(f"{document.id}\t{document.title}")
         if document.metadata:
@@ -155,8 +157,9 @@ def kb_search(
 
     with KnowledgeBase(path) as base:
         spaces = None if namespace is None else [namespace]
-        for number, score in base.search_text(query, k, spaces):
-            chunk = base.chunk(number)
+        with base.reading():
+            hits = [(base.chunk(id), score) for id, score in base.search_text(query, k, spaces)]
+        for chunk, score in hits:
             text = " ".join(chunk.text.split())
             typer.echo(f"{score:.2f}\t{chunk.id}\t{chunk.document}\t{text[:100]}")
 

@@ -148,7 +148,11 @@ def kb_export(
 
     with KnowledgeBase(path) as kb, status(f"writing {out}"):
         count = export(kb, out, namespace)
+        others = [name for name in kb.namespaces() if name != namespace]
     typer.echo(f"{count} documents")
+    if others:
+        named = ", ".join(repr(name) if name else "the one without a name" for name in others)
+        typer.echo(f"not in it are those of other namespaces: {named}", err=True)
 
 
 @contextmanager

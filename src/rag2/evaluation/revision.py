@@ -3,6 +3,7 @@
 Either made of test questions, whose evidence is told to state another choice, or read from files.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -84,6 +85,9 @@ def given(updates: Path, changed: Path, unchanged: Sequence[Question]) -> Revisi
             raise UserError(f"updates={updates}: {place}: {item}")
         documents.append(item)
     questions = with_choices(load_questions(changed), changed)
+    twice = [id for id, count in Counter(d.id for d in documents).items() if count > 1]
+    if twice:
+        raise UserError(f"updates={updates}: document {twice[0]!r} is given twice")
     if not documents or not questions:
         empty = updates if not documents else changed
         raise UserError(f"{empty} is empty: nothing changes")
@@ -95,4 +99,5 @@ def given(updates: Path, changed: Path, unchanged: Sequence[Question]) -> Revisi
                 f"changed={changed}: question {question.id!r}: metadata.stale={stale!r} must be "
                 f"the index of the choice that was right before, one of {others}"
             )
-    return Revision(documents, questions, unchanged)
+    asked_anew = {question.id for question in questions}
+    return Revision(documents, questions, [q for q in unchanged if q.id not in asked_anew])

@@ -3,12 +3,16 @@
 import re
 import unicodedata
 
+import regex
+
 # What Unicode counts as a line break (UAX #14, classes BK, CR, LF and NL).
 NEWLINES = re.compile("\r\n|[\r\v\f\x85\u2028\u2029]")
 # C0 and C1 controls but tab and line feed, and byte order marks: no reader ever sees them.
 CONTROLS = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x9f\ufeff]")
 # Runs behind a visible character; the indentation of a list or of code stays.
 SPACES = re.compile(r"(?<=\S)[^\S\n]+")
+# Text has a few at most (UAX #15 allows 30 in a stream); sorting long runs takes their square.
+MARKS = regex.compile(r"\p{M}{64}")
 BLANK_LINES = re.compile(r"\n{3,}")
 
 

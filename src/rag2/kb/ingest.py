@@ -131,7 +131,7 @@ def _batches(documents: Inputs) -> Iterator[list[Document]]:
     characters = 0
     for document in documents:
         batch.append(document)
-        characters += len(document.text)
+        characters += len(document.text) + len(document.title) + len(str(document.metadata))
         if len(batch) >= DOCUMENTS or characters >= CHARACTERS:
             yield batch
             batch, characters = [], 0

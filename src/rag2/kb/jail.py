@@ -105,8 +105,9 @@ class Jail:
         paths = os.pathsep.join(path for path in sys.path if path)
         one = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
         pool = {"ARROW_DEFAULT_MEMORY_POOL": "system"}  # the others reserve more than they use
+        # -P: what lies in the folder that is read must not shadow a module.
         return subprocess.Popen(
-            [sys.executable, "-m", "rag2.kb.jail", *limits],
+            [sys.executable, "-P", "-m", "rag2.kb.jail", *limits],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

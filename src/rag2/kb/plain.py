@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from rag2.kb.clean import clean, is_blank
+from rag2.kb.clean import MARKS, clean, is_blank
 from rag2.kb.rows import FIELDS, Row
 from rag2.kb.table import LIMIT, Malformed, csv_rows, decode, lines
 from rag2.registry import nearest
 
-HEADING = re.compile(r"#[ \t]+(.*?)[ \t#]*(?:\n|$)")
+HEADING = re.compile(r"#[ \t]+(.*)(?:\n|$)")
 SURROGATE = re.compile("[\ud800-\udfff]")  # also what a byte that is not UTF-8 has become
 
 
@@ -23,10 +23,15 @@ def read_text(path: Path, name: str) -> Iterator[Row]:
 
 def read_markdown(path: Path, name: str) -> Iterator[Row]:
     """The one document of a Markdown file; a level-one heading at its top becomes the title."""
-    text = clean(decode(file_bytes(path)))
+    raw = decode(file_bytes(path))
+    if MARKS.search(raw):  # told by `rows.document`
+        yield name, {"id": name, "text": raw}
+        return
+    text = clean(raw)
     heading = HEADING.match(text)
     if heading and not is_blank(text[heading.end() :]):
-        yield name, {"id": name, "title": heading[1], "text": text[heading.end() :]}
+        title = heading[1].rstrip(" \t#")
+        yield name, {"id": name, "title": title, "text": text[heading.end() :]}
     else:
         yield name, {"id": name, "text": text}
 

@@ -4,6 +4,7 @@ A reader takes a path and the name to call it by, and yields the rows of that fi
 registry's table `reader` run here; those in `parser` in a child process with limits.
 """
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -62,12 +63,30 @@ def _rows(source: Path | str, jail: Jail) -> Iterator[Row]:
     if name := _data_set(source):
         yield from jail.rows(HUB, name, name)
     elif path.is_dir():
-        for file in sorted(path.rglob("*")):
+        for file, reason in _walk(path):
             name = file.relative_to(path)
-            if not file.is_dir() and not any(part.startswith(".") for part in name.parts):
+            if any(part.startswith(".") for part in name.parts):
+                continue
+            if reason:
+                yield name.as_posix(), Malformed(reason)
+            else:
                 yield from _file_rows(file, name.as_posix(), jail)
     else:
         yield from _file_rows(path, path.name, jail)
+
+
+def _walk(folder: Path) -> list[tuple[Path, str]]:
+    """The files below a folder in the order of their paths; of what is not gone into, why."""
+    found: list[tuple[Path, str]] = []
+
+    def failed(error: OSError) -> None:
+        found.append((Path(error.filename), f"cannot be read: {error.strerror}"))
+
+    for root, folders, files in os.walk(folder, onerror=failed):
+        found += [(Path(root, name), "") for name in files]
+        linked = [Path(root, name) for name in folders if Path(root, name).is_symlink()]
+        found += [(path, "a link to a folder, which is not followed") for path in linked]
+    return sorted(found)
 
 
 def _file_rows(path: Path, name: str, jail: Jail) -> Iterator[Row]:

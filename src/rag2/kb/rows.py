@@ -3,11 +3,12 @@
 import json
 from typing import Any
 
-from rag2.kb.clean import clean, clean_line, is_blank
+from rag2.kb.clean import MARKS, clean, clean_line, is_blank
 from rag2.kb.table import LIMIT, Malformed
 from rag2.registry import nearest
 from rag2.types import Document
 
+LONGEST = 2_000  # characters of an id or a title
 FIELDS = ("id", "title", "text", "metadata")
 TYPES = {"id": (str, int), "title": (str,), "text": (str,), "metadata": (dict,)}
 
@@ -29,6 +30,11 @@ def document(place: str, row: Any) -> Document:
             raise Malformed(f"{key!r} is a {type(row[key]).__name__}, not a {types[0].__name__}")
     if len(row["text"]) > LIMIT:
         raise Malformed(f"a text of more than {LIMIT:,} characters")
+    for key in ("id", "title"):  # each chunk of the document repeats them
+        if len(str(row.get(key, ""))) > LONGEST:
+            raise Malformed(f"{key!r} has more than {LONGEST:,} characters")
+    if any(MARKS.search(str(row.get(key, ""))) for key in FIELDS[:3]):
+        raise Malformed("64 or more combining marks on one character")
     try:
         json.dumps(row, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError:

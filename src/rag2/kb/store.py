@@ -161,10 +161,19 @@ class KnowledgeBase:
         with self._change() as version:
             for id in ids:
                 if not self._live(id, namespace):
-                    raise UserError(f"{self.path} has no document {id!r}{_within(namespace)}")
+                    raise self.missing(id, namespace)
                 count += self._bury(id, namespace, version)
                 self._log(version, "remove", id, namespace)
         return count
+
+    def missing(self, id: str, namespace: str = "", hint: str = "") -> UserError:
+        """The error for a document that is not live in a namespace: where else it is, or a hint."""
+        query = f"SELECT namespace FROM documents WHERE id = ? AND {LIVE} ORDER BY namespace"
+        others = [name for (name,) in self._db.execute(query, (id,))]
+        if others:
+            named = ", ".join(repr(name) if name else "the one without a name" for name in others)
+            hint = f"; it is in another namespace: {named}"
+        return UserError(f"{self.path} has no document {id!r}{_within(namespace)}{hint}")
 
     @contextmanager
     def batch(self) -> Iterator[None]:
@@ -209,6 +218,9 @@ class KnowledgeBase:
     @contextmanager
     def reading(self) -> Iterator[None]:
         """What is read inside is of one version, whoever changes the file meanwhile."""
+        if self._db.in_transaction:  # of a batch: it sees its own changes
+            yield
+            return
         self._db.execute("BEGIN")
         try:
             yield
@@ -287,7 +299,11 @@ class KnowledgeBase:
 
         if k < 1:
             raise UserError(f"k={k}; allowed: 1 or more")
-        return self._words.search(dict.fromkeys(words(query)), k, namespaces)
+        if isinstance(namespaces, str):
+            raise ValueError(f"namespaces={namespaces!r}: a collection of names, not one name")
+        k = min(k, 2**31)
+        with self.reading():
+            return self._words.search(dict.fromkeys(words(query)), k, namespaces)
 
     def chunks_of(self, document: str, namespace: str = "") -> list[Chunk]:
         """The live chunks of a document, ordered by id; none where there is no such document."""

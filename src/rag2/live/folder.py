@@ -34,7 +34,7 @@ def publish(generation: Generation | None, folder: Path) -> None:
         number = int(before[-1].name) + 1 if before else 0
         generation.save(folder / f"{number:06d}", pointer=folder / POINTER)
     for directory in before:
-        artifact.remove(directory)
+        generations.remove(directory)
 
 
 def purge(folder: Path, alive: Collection[int]) -> list[Path]:
@@ -53,12 +53,16 @@ def purge(folder: Path, alive: Collection[int]) -> list[Path]:
             pointer = folder / POINTER
             if pointer.is_file() and pointer.read_text(encoding="utf-8").strip() == directory.name:
                 pointer.unlink()
-            artifact.remove(directory)
+            generations.remove(directory)
             removed.append(directory)
     return removed
 
 
 def _numbered(folder: Path) -> list[Path]:
-    """The directories of generations, oldest first; those that were being removed as well."""
-    found = (path for path in folder.glob("[0-9]*") if path.name.isdigit() and path.is_dir())
-    return sorted(found, key=lambda path: int(path.name))
+    """The directories of generations, whole or in pieces, oldest first; never anything else."""
+    marks = (artifact.MANIFEST, generations.FILE, "index.json")
+    return sorted(
+        path
+        for path in folder.glob("[0-9]" * 6)
+        if path.is_dir() and any((path / mark).is_file() for mark in marks)
+    )

@@ -124,6 +124,8 @@ class Live:
 
         Only chunks of the namespaces are looked at (None: of all). Fewer if there are fewer.
         """
+        if isinstance(questions, str):
+            raise ValueError("questions: a sequence of texts, not one text")
         view = self.view()
         return view.search(view.embedder.embed(questions, "question"), k, namespaces)
 
@@ -218,13 +220,20 @@ class Live:
         """Commit and search a generation; what was erased since it was begun is not in it."""
         with self._making:
             view = self._viewed(generation, embedder, self._view, self._maker)
-            if generation is not None and generation.kb_version < self._maker.oldest:
-                generation = self._snapshot(embedder, view).build(self.backend)
-                view = self._viewed(generation, embedder, view, self._maker)
-            if self.generations is not None:
-                folder.publish(generation, self.generations)
+            while True:
+                if self._holds_erased(generation):
+                    generation = self._snapshot(embedder, view).build(self.backend)
+                    view = self._viewed(generation, embedder, view, self._maker)
+                if self.generations is not None:
+                    folder.publish(generation, self.generations)
+                if not self._holds_erased(generation):  # nor did another process compact meanwhile
+                    break
             with self._seeing:
                 self._view = view  # what came after it is caught up with by the next search
+
+    def _holds_erased(self, generation: Generation | None) -> bool:
+        """Whether a generation is from before a compaction."""
+        return generation is not None and generation.kb_version < self._maker.oldest
 
     def _fits(self, generation: Generation) -> bool:
         """Whether the live chunks of a generation have the texts that they have in the file."""

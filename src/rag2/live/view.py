@@ -156,6 +156,8 @@ class View:
         """The k best chunks of each query; raises UserError for k < 1 or one that is not finite."""
         if k < 1:
             raise UserError(f"k={k}; allowed: 1 or more")
+        if isinstance(namespaces, str):
+            raise ValueError(f"namespaces={namespaces!r}: a collection of names, not one name")
         queries_BD = checked(queries_BD, "query")
         if queries_BD.shape[1] != self.embedder.dimension:
             size = queries_BD.shape[1]

@@ -47,7 +47,7 @@ class Pieces:
         cls, kb: str | Path, encoder: DualEncoder, directory: str | Path, size: int = WINDOW
     ) -> "Pieces":
         """Those of a knowledge base as it is now; raises UserError for an empty one."""
-        with KnowledgeBase(Path(kb)) as base:
+        with KnowledgeBase(Path(kb)) as base, base.reading():
             chunks, version, kb_hash = base.chunks(), base.version, base.content_hash()
         if not chunks:
             raise UserError(f"{kb}: the knowledge base is empty")

@@ -138,21 +138,33 @@ def _plot(results: Row) -> Plot:
     axes = figure.add_subplot()
     colors = {NOTHING: COLORS["gray"], UPDATE: COLORS["blue"]}
     soonest = min((row["seconds"] for row in results["rows"] if row["seconds"]), default=1.0)
+    trained = 0
     for row in results["rows"]:
         low, high = (100 * bound for bound in row["changed"]["ci95"])
         height, color = 100 * row["changed"]["rate"], colors.get(row["done"], COLORS["orange"])
         if row["seconds"] is None:
             axes.axhline(height, color=color, linewidth=1, linestyle=":")
-            place = soonest / 3
+            place, offset, side = soonest / 3, (0, 3), "left"
         else:
             place = row["seconds"]
             axes.plot([place, place], [low, high], color=color, linewidth=2)
             axes.plot(place, height, "o", color=color)
-        label = name(row["arm"], row["done"])
-        axes.annotate(label, (place, height), (4, 4), textcoords="offset points", color=color)
+            offset, side = (6, 4), "left"
+            if row["done"] != UPDATE:  # late, and all alike: their names stand before them
+                offset, side = (-6, 4 - 14 * trained), "right"
+                trained += 1
+        axes.annotate(
+            name(row["arm"], row["done"]),
+            (place, height),
+            offset,
+            textcoords="offset points",
+            color=color,
+            ha=side,
+        )
     axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
     axes.set_xlim(soonest / 4, None)
-    axes.set_ylim(0, 100)
+    axes.set_ylim(0, 105)
     axes.set_xlabel("seconds until all changes are in")
     axes.set_ylabel("accuracy on changed facts in %")
     return Plot("freshness", "Accuracy on changed facts against the time to take them in.", figure)

@@ -49,7 +49,7 @@ class Literal(Reader):
 
 
 @pytest.fixture(scope="module")
-def tested(home: Path) -> list[Question]:
+def asked(home: Path) -> list[Question]:
     return split(load_questions(home / "data" / "questions.jsonl"), "test")
 
 
@@ -62,16 +62,16 @@ def corpus(home: Path) -> list[Chunk]:
 @pytest.fixture(scope="module")
 def edits(
     home: Path,
-    tested: list[Question],
+    asked: list[Question],
     corpus: list[Chunk],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> list[Edit]:
     """An edit for nearly every test question of the small world."""
-    gold = gold_chunks(tested, corpus)
+    gold = gold_chunks(asked, corpus)
     folder = tmp_path_factory.mktemp("edited")
-    found, left_out = counterfactual.edit(home / "data" / "kb.sqlite", folder, tested, gold)
-    assert len(found) + sum(left_out.values()) == len(tested)
-    assert len(found) > 0.9 * len(tested), left_out
+    found, left_out = counterfactual.edit(home / "data" / "kb.sqlite", folder, asked, gold)
+    assert len(found) + sum(left_out.values()) == len(asked)
+    assert len(found) > 0.9 * len(asked), left_out
     return found
 
 
@@ -299,14 +299,14 @@ def test_what_cannot_be_edited_says_why(corpus: list[Chunk], home: Path):
 def run(
     recipe: Callable[[str], ModuleType],
     home: Path,
-    tested: list[Question],
+    asked: list[Question],
     almanac: Almanac,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Callable[..., dict[str, Any]]:
     """`eval robustness` on own files: base and frozen RAG, a dozen questions of each kind."""
     module, own = recipe("eval/robustness.py"), tmp_path_factory.mktemp("own")
     questions = load_questions(home / "data" / "questions.jsonl")
-    some = [*split(questions, "validation")[:12], *tested[:12]]
+    some = [*split(questions, "validation")[:12], *asked[:12]]
     write(own / "questions.jsonl", map(to_row, some))
     write(own / "absent.jsonl", list(almanac.absent())[:12])
     write(own / "rewordings.jsonl", list(almanac.rewordings())[:12])

@@ -25,14 +25,13 @@ SPARE = 16  # candidates fetched beyond k, among which ties are settled
 BLOCK = 1 << 22  # numbers of float64 (32 MiB) that a block of exact scores may take
 
 
-class Index(ABC):
+class Searcher(ABC):
     """Immutable: vectors and their chunk ids. Searching from several threads is safe."""
 
     exact: bool
     """Whether `candidates` misses no row that scores higher than those it returns."""
 
-    def __init__(self, backend: Config, ids_N: np.ndarray, max_norm: float) -> None:
-        self.backend = backend
+    def __init__(self, ids_N: np.ndarray, max_norm: float) -> None:
         self.ids_N = ids_N
         self.max_norm = max_norm
 
@@ -48,10 +47,6 @@ class Index(ABC):
     @abstractmethod
     def vectors(self, rows_M: np.ndarray) -> np.ndarray:
         """The stored float32 embeddings [M, D] of rows."""
-
-    @abstractmethod
-    def write(self, directory: Path) -> None:
-        """Write the vectors and what the backend built on them."""
 
     def __len__(self) -> int:
         return len(self.ids_N)
@@ -90,20 +85,6 @@ class Index(ABC):
             scores_BK[left_B], rows_BK[left_B] = self._scan(queries_BD[left_B], k)
         assert np.isfinite(scores_BK).all() and (rows_BK >= 0).all()
         return scores_BK, self.ids_N[rows_BK]
-
-    def save(self, directory: str | Path) -> None:
-        """Write the index into an existing directory, to be read by `load`."""
-        root = Path(directory)
-        self.write(root)
-        save_file({"ids": self.ids_N}, root / "ids.safetensors")
-        record = {
-            "format": FORMAT,
-            "backend": self.backend.model_dump(mode="json"),
-            "count": len(self),
-            "dimension": self.dimension,
-            "max_norm": self.max_norm,
-        }
-        (root / "index.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
     def _best(
         self, queries_BD: np.ndarray, rows_BM: np.ndarray, k: int
@@ -151,6 +132,32 @@ class Index(ABC):
         """A bound on the error of the scores that `candidates` returns, per query."""
         norms_B = np.linalg.norm(queries_BD, axis=1)
         return 4 * np.sqrt(self.dimension) * 2.0**-24 * norms_B * self.max_norm
+
+
+class Index(Searcher):
+    """What a backend has built, and can write."""
+
+    def __init__(self, backend: Config, ids_N: np.ndarray, max_norm: float) -> None:
+        super().__init__(ids_N, max_norm)
+        self.backend = backend
+
+    @abstractmethod
+    def write(self, directory: Path) -> None:
+        """Write the vectors and what the backend built on them."""
+
+    def save(self, directory: str | Path) -> None:
+        """Write the index into an existing directory, to be read by `load`."""
+        root = Path(directory)
+        self.write(root)
+        save_file({"ids": self.ids_N}, root / "ids.safetensors")
+        record = {
+            "format": FORMAT,
+            "backend": self.backend.model_dump(mode="json"),
+            "count": len(self),
+            "dimension": self.dimension,
+            "max_norm": self.max_norm,
+        }
+        (root / "index.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 def load(directory: str | Path) -> Index:

@@ -1,22 +1,27 @@
 """A few embeddings in memory -> exact search: what a delta needs, made anew with every change."""
 
-from pathlib import Path
-from typing import Literal
+from typing import Self
 
 import numpy as np
 
-from rag2.config import Config
-from rag2.index.base import Backend, Blocks, Index, slices
+from rag2.index.base import Blocks, Searcher, slices
 
 
-class Rows(Index):
+class Rows(Searcher):
     """Exact by numpy alone: for few rows that costs less than handing them to a library."""
 
     exact = True
 
-    def __init__(self, backend: Config, ids_N: np.ndarray, max_norm: float, vectors_ND: np.ndarray):
-        super().__init__(backend, ids_N, max_norm)
+    def __init__(self, ids_N: np.ndarray, max_norm: float, vectors_ND: np.ndarray) -> None:
+        super().__init__(ids_N, max_norm)
         self._vectors_ND = vectors_ND
+
+    @classmethod
+    def of(cls, vectors_ND: np.ndarray, ids_N: np.ndarray) -> Self:
+        """Over these embeddings; raises as `Blocks` does."""
+        blocks = Blocks([vectors_ND], ids_N)
+        vectors_ND = np.concatenate([*blocks])
+        return cls(blocks.ids_N, blocks.max_norm, vectors_ND)
 
     @property
     def dimension(self) -> int:
@@ -30,9 +35,6 @@ class Rows(Index):
     def vectors(self, rows_M: np.ndarray) -> np.ndarray:
         return self._vectors_ND[rows_M]
 
-    def write(self, directory: Path) -> None:
-        raise NotImplementedError("a delta lives in memory; its knowledge base is what is durable")
-
     def _best_of(self, queries_BD: np.ndarray, m: int) -> tuple[np.ndarray, np.ndarray]:
         scores_BN = queries_BD @ self._vectors_ND.T
         rows_BM = np.argpartition(-scores_BN, m - 1, axis=1)[:, :m]
@@ -40,14 +42,3 @@ class Rows(Index):
         order_BM = np.argsort(-scores_BM, axis=1)
         best = np.take_along_axis
         return best(scores_BM, order_BM, axis=1), best(rows_BM, order_BM, axis=1)
-
-
-class InMemory(Backend):
-    """The settings of `Rows`, of which there are none."""
-
-    name: Literal["in memory"] = "in memory"
-
-    def fill(self, blocks: Blocks) -> Index:
-        """The index of the blocks' vectors; raises as `Blocks` does."""
-        vectors = list(blocks)
-        return Rows(self, blocks.ids_N, blocks.max_norm, np.concatenate(vectors))

@@ -14,9 +14,9 @@ from typing import Self
 
 import numpy as np
 
-from rag2.index.base import SPARE, Index, checked
+from rag2.index.base import SPARE, Searcher, checked
 from rag2.index.generation import Generation
-from rag2.live.rows import InMemory
+from rag2.live.rows import Rows
 from rag2.modes import matmul
 from rag2.registry import UserError
 from rag2.retriever.embed import embed_corpus
@@ -52,13 +52,13 @@ class Embedder:
 class Part:
     """An index whose rows belong to namespaces; dead rows are not found."""
 
-    index: Index
+    index: Searcher
     rows: Mapping[str, np.ndarray]
     """of each namespace, increasing"""
     alive_N: np.ndarray
 
     @classmethod
-    def of(cls, index: Index, namespaces: Mapping[int, str]) -> Self:
+    def of(cls, index: Searcher, namespaces: Mapping[int, str]) -> Self:
         """`namespaces` of the live chunks; those of the index that it does not name are dead."""
         names = [namespaces.get(id) for id in index.ids_N.tolist()]
         rows: dict[str, list[int]] = {}
@@ -108,7 +108,7 @@ class Part:
         found = []
         for start in range(0, len(rows_M), ROWS):
             part = rows_M[start : start + ROWS]
-            index = InMemory().build(self.index.vectors(part), self.index.ids_N[part])
+            index = Rows.of(self.index.vectors(part), self.index.ids_N[part])
             found.append(index.search(queries_BD, min(k, len(part))))
         return merged(found, k)
 
@@ -242,7 +242,7 @@ def delta_of(
         return None
     vectors_MD = embedded(embedder, [chunk for _, chunk in added], old)
     names = {chunk.id: name for name, chunk in added}
-    return Part.of(InMemory().build(vectors_MD, np.array(list(names))), names)
+    return Part.of(Rows.of(vectors_MD, np.array(list(names))), names)
 
 
 def _grown(
@@ -263,7 +263,7 @@ def _grown(
         ids.append(more.index.ids_N)
     if not names:
         return None
-    return Part.of(InMemory().build(np.concatenate(vectors), np.concatenate(ids)), names)
+    return Part.of(Rows.of(np.concatenate(vectors), np.concatenate(ids)), names)
 
 
 def _nothing(queries: int) -> Hits:

@@ -29,7 +29,7 @@ from rag2.generator.prompt import Prompt
 from rag2.kb.store import KnowledgeBase
 from rag2.losses.marginal import Marginal
 from rag2.modes import Precision, matmul
-from rag2.rag import Rag
+from rag2.rag import RagModel
 from rag2.registry import UserError
 from rag2.retriever.encoder import DualEncoder
 from rag2.training.candidates import Candidates, Proposals
@@ -106,7 +106,7 @@ def measure(cfg: StepsConfig, k: int, step: OnePass | TwoPass) -> dict[str, floa
     propose = Proposals(Candidates(dense=0, bm25=k, random=0), chunks, questions, cfg.seed)
     rows = list(range(cfg.batch_size))
     chunks_BK = propose(torch.tensor(rows).numpy(), torch.zeros(len(rows), 0).long().numpy(), 0)
-    rag = Rag(DualEncoder.load(cfg.retriever), Generator.load(cfg.generator), Prompt())
+    rag = RagModel(DualEncoder.load(cfg.retriever), Generator.load(cfg.generator), Prompt())
     rag.train()
     asked, answers = [q.question for q in questions], [q.gold for q in questions]
     loaded, seconds, kept = peak_memory(), [], 1.0

@@ -25,7 +25,7 @@ from rag2.generator.prompt import Prompt
 from rag2.index.flat import Flat
 from rag2.kb.chunk import TokenChunker
 from rag2.kb.store import KnowledgeBase
-from rag2.rag import Rag
+from rag2.rag import RagModel
 from rag2.reindex.store import Store
 from rag2.retriever.encoder import DualEncoder, EncoderConfig
 from rag2.types import Chunk
@@ -136,12 +136,12 @@ def generator(tokenizer) -> Generator:
 
 
 @pytest.fixture
-def rag(tokenizer, generator: Generator) -> Rag:
+def rag(tokenizer, generator: Generator) -> RagModel:
     """Two towers and a Llama, all random, with posteriors that differ from chunk to chunk."""
     encoder = DualEncoder.build(EncoderConfig(towers="two", **SHAPE), tokenizer)
     for model in (encoder.towers, generator.model):
         roughen(model, 0.1)
-    return Rag(encoder, generator, Prompt()).train()
+    return RagModel(encoder, generator, Prompt()).train()
 
 
 @pytest.fixture

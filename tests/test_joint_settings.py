@@ -14,7 +14,7 @@ from rag2.losses.emdr2 import EMDR2
 from rag2.losses.hard_em import HardEM
 from rag2.losses.marginal import Marginal
 from rag2.losses.pdist import PDist
-from rag2.rag import Rag
+from rag2.rag import RagModel
 from rag2.reindex.store import Store
 from rag2.retriever.encoder import DualEncoder
 from rag2.training import parts
@@ -109,7 +109,7 @@ def test_the_optimizers_settings_arrive(recipe: Load, home: Path, tmp_path: Path
 
 @pytest.mark.parametrize("in_batch", [False, True])
 def test_each_part_of_an_accumulated_batch_is_what_the_step_makes_of_it(
-    rag: Rag, batch: Batch, in_batch: bool
+    rag: RagModel, batch: Batch, in_batch: bool
 ):
     questions, answers, chunks_BK = batch
     twice = (2 * questions, 2 * answers, 2 * chunks_BK)
@@ -124,7 +124,7 @@ def test_each_part_of_an_accumulated_batch_is_what_the_step_makes_of_it(
     ids=lambda loss: f"{loss.name}-{getattr(loss, 'level', '')}",
 )
 def test_crowding_counts_as_often_as_a_loss_holds_the_prior(
-    rag: Rag, batch: Batch, loss: JointLoss
+    rag: RagModel, batch: Batch, loss: JointLoss
 ):
     """Scores of chunks that are read by nobody act as a larger normaliser, and as nothing else."""
     rag = rag.double()

@@ -17,7 +17,7 @@ from rag2.losses.hard_em import HardEM
 from rag2.losses.loop import LOOP
 from rag2.losses.marginal import Marginal
 from rag2.losses.pdist import PDist
-from rag2.rag import Pair, Rag
+from rag2.rag import Pair, RagModel
 from rag2.training.candidates import NULL
 from rag2.training.step import OnePass, TwoPass
 from rag2.tuning.lora import LoRA
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.usefixtures("seed")
 @pytest.mark.parametrize("level", ["sequence", "token"])
 @pytest.mark.parametrize("in_batch", [False, True], ids=["own", "in_batch"])
 def test_one_pass_and_two_passes_leave_equal_gradients(
-    rag: Rag, batch: Batch, micro_batch: int, level, in_batch: bool
+    rag: RagModel, batch: Batch, micro_batch: int, level, in_batch: bool
 ):
     results = []
     for step in (OnePass(), TwoPass(micro_batch=micro_batch)):
@@ -52,7 +52,7 @@ def test_one_pass_and_two_passes_leave_equal_gradients(
     ids=repr,
 )
 def test_both_paths_agree_on_losses_that_read_chunks_together_and_on_the_null_chunk(
-    rag: Rag, batch: Batch, loss: JointLoss
+    rag: RagModel, batch: Batch, loss: JointLoss
 ):
     questions, answers, chunks_BK = batch
     # Short ones: all of a question's chunks must fit one prompt.
@@ -70,7 +70,7 @@ def test_both_paths_agree_on_losses_that_read_chunks_together_and_on_the_null_ch
 
 
 def test_the_prompts_of_a_loss_hold_their_chunks_the_first_nearest_the_question(
-    rag: Rag, batch: Batch
+    rag: RagModel, batch: Batch
 ):
     questions, answers, chunks_BK = batch
     chunks_BK = [[*row[:2], NULL] for row in chunks_BK]
@@ -85,7 +85,7 @@ def test_the_prompts_of_a_loss_hold_their_chunks_the_first_nearest_the_question(
         assert Prompt().context(question, [first, second], rag.tokenizer).text.startswith(second)
 
 
-class Pieced(Rag):
+class Pieced(RagModel):
     """One graph, but prompts go through the generator in the micro-batches of two passes.
 
     Dropout masks depend on the shape of a batch, so this is what `TwoPass` has to equal.
@@ -147,10 +147,12 @@ def with_dropout(kind: str, tokenizer) -> Generator:
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "lora", "llama attention"])
-def test_with_dropout_both_passes_draw_the_same_masks(rag: Rag, batch: Batch, tokenizer, kind: str):
+def test_with_dropout_both_passes_draw_the_same_masks(
+    rag: RagModel, batch: Batch, tokenizer, kind: str
+):
     pieced = Pieced(rag.retriever, with_dropout(kind, tokenizer), Prompt()).train()
     one = gradients(pieced, OnePass(), batch)
-    plain = Rag(rag.retriever, Generator(pieced.generator, tokenizer), Prompt()).train()
+    plain = RagModel(rag.retriever, Generator(pieced.generator, tokenizer), Prompt()).train()
     two = gradients(plain, TwoPass(micro_batch=Pieced.micro_batch), batch)
     assert not differing(one, two)
     again = gradients(plain, TwoPass(micro_batch=Pieced.micro_batch), batch, seed=1)
@@ -158,9 +160,11 @@ def test_with_dropout_both_passes_draw_the_same_masks(rag: Rag, batch: Batch, to
     assert differing(one, gradients(plain, Forgetful(micro_batch=Pieced.micro_batch), batch))
 
 
-def test_two_passes_leave_the_random_state_that_one_pass_leaves(rag: Rag, batch: Batch, tokenizer):
+def test_two_passes_leave_the_random_state_that_one_pass_leaves(
+    rag: RagModel, batch: Batch, tokenizer
+):
     pieced = Pieced(rag.retriever, with_dropout("gpt2", tokenizer), Prompt()).train()
-    plain = Rag(rag.retriever, Generator(pieced.generator, tokenizer), Prompt()).train()
+    plain = RagModel(rag.retriever, Generator(pieced.generator, tokenizer), Prompt()).train()
     states = []
     for module, step in ((pieced, OnePass()), (plain, TwoPass(micro_batch=Pieced.micro_batch))):
         gradients(module, step, batch)
@@ -168,7 +172,7 @@ def test_two_passes_leave_the_random_state_that_one_pass_leaves(rag: Rag, batch:
     assert torch.equal(states[0], states[1])
 
 
-class Unfused(Rag):
+class Unfused(RagModel):
     """A generator whose head is more than a matrix."""
 
     def head_weight(self) -> None:
@@ -182,7 +186,7 @@ class Unfused(Rag):
     ids=lambda loss: f"{loss.name}-{loss.model_dump_json()}",
 )
 def test_one_pass_is_the_same_through_the_fused_head_and_through_log_probabilities(
-    rag: Rag, batch: Batch, tokenizer, loss: JointLoss, in_batch: bool
+    rag: RagModel, batch: Batch, tokenizer, loss: JointLoss, in_batch: bool
 ):
     questions, answers, chunks_BK = batch
     short_BK = [[replace(c, text=c.text[:150]) for c in row] for row in chunks_BK]
@@ -199,7 +203,7 @@ def test_one_pass_is_the_same_through_the_fused_head_and_through_log_probabiliti
 
 
 def test_skipping_in_one_pass_spares_the_head_and_leaves_the_retriever_its_gradient(
-    rag: Rag, batch: Batch
+    rag: RagModel, batch: Batch
 ):
     full = gradients(rag, OnePass(), batch)
     posterior_BK = OnePass()(rag, Marginal(), *batch).posterior_BK
@@ -214,7 +218,7 @@ def test_skipping_in_one_pass_spares_the_head_and_leaves_the_retriever_its_gradi
 
 
 def test_skipping_leaves_out_the_share_of_the_skipped_prompts_and_nothing_else(
-    rag: Rag, batch: Batch
+    rag: RagModel, batch: Batch
 ):
     full = gradients(rag, TwoPass(micro_batch=5), batch)
     posterior_BK = TwoPass()(rag, Marginal(), *batch).posterior_BK
@@ -245,14 +249,14 @@ def test_skipping_leaves_out_the_share_of_the_skipped_prompts_and_nothing_else(
     ids=lambda value: getattr(value, "name", None),
 )
 def test_prompts_that_the_loss_does_not_feel_at_all_are_never_read_twice(
-    rag: Rag, batch: Batch, loss: JointLoss, kept: float
+    rag: RagModel, batch: Batch, loss: JointLoss, kept: float
 ):
     questions, answers, chunks_BK = batch
     chunks_BK = [[replace(c, text=c.text[:150]) for c in row] for row in chunks_BK]
     assert TwoPass()(rag, loss, questions, answers, chunks_BK).kept == pytest.approx(kept)
 
 
-def test_skipping_changes_the_gradient_by_at_most_the_skipped_mass(rag: Rag, batch: Batch):
+def test_skipping_changes_the_gradient_by_at_most_the_skipped_mass(rag: RagModel, batch: Batch):
     full = gradients(rag, TwoPass(), batch)
     posterior_BK = TwoPass()(rag, Marginal(), *batch).posterior_BK
     norm_R = []
@@ -272,13 +276,15 @@ def norm(tensors: dict[str, Tensor]) -> float:
 
 
 def test_a_frozen_generator_is_read_once_and_gets_no_gradient(
-    rag: Rag, batch: Batch, monkeypatch: pytest.MonkeyPatch
+    rag: RagModel, batch: Batch, monkeypatch: pytest.MonkeyPatch
 ):
     before = gradients(rag, TwoPass(), batch)
     rag.generator.requires_grad_(False)
     calls = []
-    honest = Rag.logp
-    monkeypatch.setattr(Rag, "logp", lambda self, pairs: (calls.append(1), honest(self, pairs))[1])
+    honest = RagModel.logp
+    monkeypatch.setattr(
+        RagModel, "logp", lambda self, pairs: (calls.append(1), honest(self, pairs))[1]
+    )
     after = gradients(rag, TwoPass(), batch)
     assert len(calls) == 1
     for name, grad in after.items():

@@ -15,7 +15,7 @@ from exact_norms import exact_norms
 from group_runs import together
 from joint_gradients import Batch, differing, gradients
 from rag2.generator.load import Generator
-from rag2.rag import Rag
+from rag2.rag import RagModel
 from rag2.registry import UserError
 from rag2.retriever.encoder import DualEncoder
 from rag2.training.step import OnePass, TwoPass
@@ -33,7 +33,7 @@ EXACT: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
-def test_one_pass_and_two_passes_leave_the_same_gradients(rag: Rag, batch: Batch, name: str):
+def test_one_pass_and_two_passes_leave_the_same_gradients(rag: RagModel, batch: Batch, name: str):
     rag.retriever.map_towers(method("lora").apply)
     rag.generator = Generator(rag.generator, rag.tokenizer).tuned(method(name)).model
     with torch.no_grad():

@@ -27,7 +27,7 @@ from rag2.generator.prompt import Prompt
 from rag2.kb.build import build
 from rag2.kb.chunk import TokenChunker
 from rag2.kb.store import KnowledgeBase
-from rag2.rag import Rag
+from rag2.rag import RagModel
 from rag2.registry import UserError
 from rag2.retriever.encoder import DualEncoder
 from rag2.training.run import Run
@@ -224,7 +224,7 @@ def figures(retriever: DualEncoder, generator: Generator, hub: Path) -> tuple[to
     """Scores_BK, crowding_B and logp_BKT of three questions against four chunks each."""
     with KnowledgeBase(hub / "kb.sqlite") as kb:
         chunks = kb.chunks()
-    rag = Rag(retriever, generator, Prompt()).eval()
+    rag = RagModel(retriever, generator, Prompt()).eval()
     with torch.no_grad():
         return rag(QUESTIONS[:3], ["salt", "wool", "glass"], [chunks[:4], chunks[2:6], chunks[3:7]])
 

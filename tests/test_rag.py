@@ -11,7 +11,7 @@ from joint_gradients import Batch, dead, gradients, left
 from rag2.generator.prompt import Prompt
 from rag2.losses.marginal import Marginal
 from rag2.losses.pdist import PDist
-from rag2.rag import Rag
+from rag2.rag import RagModel
 from rag2.registry import UserError
 from rag2.retriever.encoder import DualEncoder
 from rag2.training.step import OnePass, TwoPass
@@ -26,7 +26,7 @@ steps = pytest.mark.parametrize("step", [OnePass(), TwoPass(micro_batch=5)], ids
 
 
 @steps
-def test_a_step_reaches_every_tensor_but_the_key_biases_of_bert(rag: Rag, batch: Batch, step):
+def test_a_step_reaches_every_tensor_but_the_key_biases_of_bert(rag: RagModel, batch: Batch, step):
     names = {name for name, _ in rag.named_parameters()}
     # Softmax over keys does not feel what all keys have in common.
     keys = {name for name in names if name.endswith("attention.self.key.bias")}
@@ -40,7 +40,7 @@ def test_a_step_reaches_every_tensor_but_the_key_biases_of_bert(rag: Rag, batch:
 
 @steps
 def test_a_chunk_encoder_that_is_cut_off_is_noticed(
-    rag: Rag, batch: Batch, step, monkeypatch: pytest.MonkeyPatch
+    rag: RagModel, batch: Batch, step, monkeypatch: pytest.MonkeyPatch
 ):
     honest = DualEncoder.encode_chunks
     monkeypatch.setattr(
@@ -51,7 +51,7 @@ def test_a_chunk_encoder_that_is_cut_off_is_noticed(
     assert towers and towers <= found
 
 
-def test_the_gradient_at_the_scores_is_prior_minus_posterior(rag: Rag, batch: Batch):
+def test_the_gradient_at_the_scores_is_prior_minus_posterior(rag: RagModel, batch: Batch):
     scores_BK, _, logp_BKT, mask_BKT = rag.double()(*batch)
     scores_BK = scores_BK.detach().double().requires_grad_()
     logp_BKT = logp_BKT.detach().requires_grad_()
@@ -73,7 +73,7 @@ def test_the_gradient_at_the_scores_is_prior_minus_posterior(rag: Rag, batch: Ba
 
 
 @steps
-def test_with_one_chunk_a_step_is_plain_cross_entropy(rag: Rag, batch: Batch, step):
+def test_with_one_chunk_a_step_is_plain_cross_entropy(rag: RagModel, batch: Batch, step):
     questions, answers, chunks_BK = batch
     single = (questions, answers, [row[:1] for row in chunks_BK])
     found = gradients(rag, step, single)
@@ -97,7 +97,7 @@ def test_with_one_chunk_a_step_is_plain_cross_entropy(rag: Rag, batch: Batch, st
 
 
 def test_a_chunk_that_questions_share_is_encoded_once_and_scored_for_each(
-    rag: Rag, batch: Batch, monkeypatch: pytest.MonkeyPatch
+    rag: RagModel, batch: Batch, monkeypatch: pytest.MonkeyPatch
 ):
     seen: list[str] = []
     honest = DualEncoder.encode_chunks
@@ -115,7 +115,7 @@ def test_a_chunk_that_questions_share_is_encoded_once_and_scored_for_each(
         torch.testing.assert_close(scores_BK[row], alone_K, atol=1e-4, rtol=1e-4)
 
 
-def test_a_chunk_that_the_budget_has_no_room_for_stops_training(rag: Rag, batch: Batch):
+def test_a_chunk_that_the_budget_has_no_room_for_stops_training(rag: RagModel, batch: Batch):
     longest = max(len(rag.tokenizer.encode(c.passage)) for row in batch[2] for c in row)
     rag.prompt = Prompt(budget=longest)
     with pytest.raises(UserError, match=rf"prompt.budget={longest}: chunk \d+ of document .* fit"):
@@ -128,7 +128,7 @@ def test_a_chunk_that_the_budget_has_no_room_for_stops_training(rag: Rag, batch:
 @pytest.mark.parametrize("step", [OnePass(), TwoPass()], ids=lambda step: step.name)
 @pytest.mark.parametrize("level", ["sequence", "token"])
 def test_in_batch_negatives_normalise_the_prior_over_all_chunks_of_the_batch(
-    rag: Rag, batch: Batch, level: Literal["sequence", "token"], step: OnePass | TwoPass
+    rag: RagModel, batch: Batch, level: Literal["sequence", "token"], step: OnePass | TwoPass
 ):
     questions, answers, chunks_BK = batch
     result = step(rag, Marginal(level=level), *batch, in_batch=True)
@@ -151,7 +151,7 @@ def test_in_batch_negatives_normalise_the_prior_over_all_chunks_of_the_batch(
     assert (result.loss_B > step(rag, Marginal(level=level), *batch).loss_B).all()
 
 
-def test_negatives_from_the_batch_push_the_retriever_away(rag: Rag, batch: Batch):
+def test_negatives_from_the_batch_push_the_retriever_away(rag: RagModel, batch: Batch):
     questions, _, chunks_BK = batch
     rag.double()
     weights = [p for p in rag.retriever.parameters() if p.requires_grad]
@@ -175,7 +175,7 @@ def test_negatives_from_the_batch_push_the_retriever_away(rag: Rag, batch: Batch
     torch.testing.assert_close(slope, by_hand, rtol=1e-4, atol=1e-6)
 
 
-def test_one_question_alone_has_no_negatives_in_the_batch(rag: Rag, batch: Batch):
+def test_one_question_alone_has_no_negatives_in_the_batch(rag: RagModel, batch: Batch):
     questions, _, chunks_BK = batch
     _, crowding_B = rag.scores(questions[:1], chunks_BK[:1])
     torch.testing.assert_close(crowding_B, torch.zeros(1), atol=1e-5, rtol=0)
@@ -183,7 +183,7 @@ def test_one_question_alone_has_no_negatives_in_the_batch(rag: Rag, batch: Batch
 
 @steps
 def test_a_loss_that_nothing_trainable_takes_part_in_leaves_everything_as_it_is(
-    rag: Rag, batch: Batch, step: OnePass | TwoPass
+    rag: RagModel, batch: Batch, step: OnePass | TwoPass
 ):
     rag.retriever.requires_grad_(False)  # and without a reader the generator is only a teacher
     result = step(rag, PDist(reader="none"), *batch)

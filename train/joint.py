@@ -23,7 +23,7 @@ from rag2.index.flat import Flat
 from rag2.kb.store import KnowledgeBase
 from rag2.losses.marginal import Marginal
 from rag2.modes import Precision, matmul
-from rag2.rag import Rag
+from rag2.rag import RagModel
 from rag2.registry import UserError
 from rag2.reindex.collapse import Guard
 from rag2.reindex.live import LiveIndex
@@ -236,7 +236,7 @@ def refuse(cfg: JointConfig) -> None:
         raise UserError(f"shard=true is for tuning full, lora and rslora, not {cfg.tuning.name}")
 
 
-def load(cfg: JointConfig, device: torch.device) -> tuple[Rag, dict[str, Any]]:
+def load(cfg: JointConfig, device: torch.device) -> tuple[RagModel, dict[str, Any]]:
     """Both halves, frozen where cfg.train says so, and the optimizer's groups."""
     assert cfg.generator
     if cfg.retriever:
@@ -260,7 +260,7 @@ def load(cfg: JointConfig, device: torch.device) -> tuple[Rag, dict[str, Any]]:
         generator.model.requires_grad_(False)
     if cfg.shard:
         sharding.shard(generator.model, DTYPES[cfg.dtype], device)
-    rag = Rag(retriever, generator, cfg.prompt)
+    rag = RagModel(retriever, generator, cfg.prompt)
     rag.train()
     halves = {
         "retriever": (optim.trainable([rag.retriever]), cfg.lr_retriever),
@@ -269,7 +269,7 @@ def load(cfg: JointConfig, device: torch.device) -> tuple[Rag, dict[str, Any]]:
     return rag, halves
 
 
-def finish(cfg: JointConfig, run: Run, rag: Rag, halves: dict[str, Any]) -> None:
+def finish(cfg: JointConfig, run: Run, rag: RagModel, halves: dict[str, Any]) -> None:
     """Commit final/: both halves, the prompt and how many weights of each were trained."""
     rag.eval()
     run.finish(

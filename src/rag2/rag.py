@@ -23,7 +23,7 @@ from rag2.types import Chunk
 Pair = tuple[list[int], list[int]]
 
 
-class Rag(nn.Module):
+class RagModel(nn.Module):
     """p(y|x) = sum_k p(z_k|x) p(y|x,z_k) over retrieved chunks (Lewis et al. 2020, eq. 1)."""
 
     def __init__(self, retriever: DualEncoder, generator: Generator, prompt: Prompt) -> None:

@@ -6,14 +6,16 @@ import torch
 from torch import Tensor
 
 from rag2.losses.marginal import Marginal
-from rag2.rag import Rag
+from rag2.rag import RagModel
 from rag2.training.step import OnePass, TwoPass
 from rag2.types import Chunk
 
 Batch = tuple[list[str], list[str], list[list[Chunk]]]
 
 
-def gradients(rag: Rag, step: OnePass | TwoPass, batch: Batch, seed: int = 0) -> dict[str, Tensor]:
+def gradients(
+    rag: RagModel, step: OnePass | TwoPass, batch: Batch, seed: int = 0
+) -> dict[str, Tensor]:
     """The gradient that one step leaves at every parameter; zeros where it leaves none."""
     rag.zero_grad(set_to_none=True)
     torch.manual_seed(seed)
@@ -21,7 +23,7 @@ def gradients(rag: Rag, step: OnePass | TwoPass, batch: Batch, seed: int = 0) ->
     return left(rag)
 
 
-def left(rag: Rag) -> dict[str, Tensor]:
+def left(rag: RagModel) -> dict[str, Tensor]:
     """The gradients that lie at the parameters."""
     return {
         name: torch.zeros_like(p) if p.grad is None else p.grad.clone()
@@ -43,7 +45,7 @@ def differing(a: dict[str, Tensor], b: dict[str, Tensor], tolerance: float = 1e-
     ]
 
 
-def dead(rag: Rag, step: OnePass | TwoPass, batch: Batch) -> set[str]:
+def dead(rag: RagModel, step: OnePass | TwoPass, batch: Batch) -> set[str]:
     """The parameters without a gradient, in double precision: rounding is far below the bar."""
     found = gradients(copy.deepcopy(rag).double(), step, batch)
     return {name for name, g in found.items() if float(g.abs().max()) < 1e-13}

@@ -7,7 +7,7 @@ their gradients is the gradient of the whole batch's mean loss.
 import torch
 
 from rag2.losses.base import JointLoss
-from rag2.rag import Rag
+from rag2.rag import RagModel
 from rag2.registry import UserError
 from rag2.training import distributed
 from rag2.training.step import Batch, OnePass, StepResult, TwoPass
@@ -33,7 +33,7 @@ def slices(batch_size: int, accumulate: int) -> list[slice]:
 
 def accumulated(
     step: OnePass | TwoPass,
-    rag: Rag,
+    rag: RagModel,
     loss: JointLoss,
     batch: Batch,
     in_batch: bool,

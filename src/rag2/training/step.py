@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rag2.config import Config
 from rag2.losses.base import JointLoss, Subset
-from rag2.rag import Pair, Rag
+from rag2.rag import Pair, RagModel
 from rag2.training import distributed, sharding
 from rag2.types import Chunk
 from rag2_kernels import rag_loss, reference
@@ -47,7 +47,7 @@ class OnePass(Config):
 
     def __call__(
         self,
-        rag: Rag,
+        rag: RagModel,
         loss: JointLoss,
         questions: Sequence[str],
         answers: Sequence[str],
@@ -56,8 +56,8 @@ class OnePass(Config):
     ) -> StepResult:
         """Accumulate the gradient of the mean loss into the parameters.
 
-        `in_batch` adds the crowding of `Rag.scores` to each question's loss, as often as the loss
-        holds p(z|x).
+        `in_batch` adds the crowding of `RagModel.scores` to each question's loss, as often as the
+        loss holds p(z|x).
         """
         head = self._plain if rag.head_weight() is None else self._fused
         batch, subsets = (questions, answers, chunks_BK), loss.subsets(len(chunks_BK[0]))
@@ -71,7 +71,7 @@ class OnePass(Config):
         return result
 
     def _fused(
-        self, rag: Rag, loss: JointLoss, batch: Batch, subsets: Sequence[Subset]
+        self, rag: RagModel, loss: JointLoss, batch: Batch, subsets: Sequence[Subset]
     ) -> tuple[Tensor, StepResult, Tensor, Tensor]:
         """Mean loss with gradient, figures, crowding_B and mask_BST."""
         questions, answers, chunks_BK = batch
@@ -95,7 +95,7 @@ class OnePass(Config):
         return mean, StepResult(loss_B, posterior_BK, share), crowding_B, mask_BST
 
     def _plain(
-        self, rag: Rag, loss: JointLoss, batch: Batch, subsets: Sequence[Subset]
+        self, rag: RagModel, loss: JointLoss, batch: Batch, subsets: Sequence[Subset]
     ) -> tuple[Tensor, StepResult, Tensor, Tensor]:
         """As `_fused`, from the model's own log-probabilities."""
         scores_BK, crowding_B, logp_BST, mask_BST = rag(*batch, subsets)
@@ -120,7 +120,7 @@ class TwoPass(Config):
 
     def __call__(
         self,
-        rag: Rag,
+        rag: RagModel,
         loss: JointLoss,
         questions: Sequence[str],
         answers: Sequence[str],
@@ -129,8 +129,8 @@ class TwoPass(Config):
     ) -> StepResult:
         """Accumulate the gradient of the mean loss into the parameters.
 
-        `in_batch` adds the crowding of `Rag.scores` to each question's loss, as often as the loss
-        holds p(z|x).
+        `in_batch` adds the crowding of `RagModel.scores` to each question's loss, as often as the
+        loss holds p(z|x).
         """
         subsets = loss.subsets(len(chunks_BK[0]))
         pairs = rag.pairs(questions, answers, chunks_BK, subsets)
@@ -158,7 +158,7 @@ class TwoPass(Config):
         return StepResult(loss_B.detach(), posterior_BK.detach(), kept)
 
     def _first_pass(
-        self, rag: Rag, pairs: list[Pair], pieces: list[list[int]]
+        self, rag: RagModel, pairs: list[Pair], pieces: list[list[int]]
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Logp_RT and mask_RT of every prompt; RNG states before each piece and at the end."""
         width = max(len(answer) for _, answer in pairs)
@@ -178,7 +178,7 @@ class TwoPass(Config):
 
     def _second_pass(
         self,
-        rag: Rag,
+        rag: RagModel,
         pairs: list[Pair],
         pieces: list[list[int]],
         states: list[Tensor],

@@ -122,12 +122,15 @@ def test_a_text_ends_with_its_line_or_with_the_end_of_text(
     scripts = [tokenizer.encode(text + end, add_special_tokens=False) for text in wanted]
 
     class Scripted:
-        def __init__(self, model: Any, contexts: Any) -> None:
-            # Contexts come longest first, as they are batched.
-            self.rows = sorted(range(4), key=lambda row: -row)
+        def __init__(self, model: Any) -> None:
             self.step = 0
 
-        def next(self) -> torch.Tensor:
+        def add(self, contexts: Any) -> None:
+            # Contexts come longest first, as they are batched.
+            self.rows = sorted(range(4), key=lambda row: -row)
+
+        @property
+        def logits_RV(self) -> torch.Tensor:
             tokens = torch.tensor([scripts[row][self.step] for row in self.rows])
             return torch.nn.functional.one_hot(tokens, len(tokenizer)).float()
 
@@ -135,7 +138,7 @@ def test_a_text_ends_with_its_line_or_with_the_end_of_text(
             assert tokens == [scripts[self.rows[row]][self.step] for row in rows]
             self.rows, self.step = [self.rows[row] for row in rows], self.step + 1
 
-    monkeypatch.setattr(module, "_Cached", Scripted)
+    monkeypatch.setattr(module, "running", Scripted)
     contexts = ["Who?" + " more" * row for row in range(4)]
     assert generate(generator.model, tokenizer, contexts, 40) == wanted
     short = generate(generator.model, tokenizer, contexts, 1)

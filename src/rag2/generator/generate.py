@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rag2.generator.head import Model, Rows, logits_at
-from rag2.generator.pairs import Ids, check_room, encode_contexts, pad, place, token_batches
-from rag2.generator.past import Past, shares_past
+from rag2.generator.head import Model
+from rag2.generator.pairs import Ids, check_room, encode_contexts, token_batches
+from rag2.generator.running import running
 from rag2.modes import evaluating
 
 # (rows that go on, the step they are at, their logits_RV) -> the next token of each
@@ -91,12 +91,13 @@ def _continue(
     model: Model, tokenizer: Any, contexts: Sequence[Ids], most: Sequence[int], pick: Pick
 ) -> list[str]:
     """The texts after one batch of contexts."""
-    reader = _Cached(model, contexts) if shares_past(model) else _Anew(model, contexts)
+    sequences = running(model)
+    sequences.add(contexts)
     ends = _ends(model, tokenizer)
     made: list[list[int]] = [[] for _ in contexts]
     alive = list(range(len(contexts)))
     while alive:
-        tokens = pick(alive, len(made[alive[0]]), reader.next())
+        tokens = pick(alive, len(made[alive[0]]), sequences.logits_RV)
         for row, token in zip(alive, tokens, strict=True):
             made[row].append(token)
         # Text, not ids, says where a line ends: a token may hold a line feed and more.
@@ -109,47 +110,8 @@ def _continue(
         ]
         alive = [alive[at] for at in kept]
         if kept:
-            reader.go_on(kept, [tokens[at] for at in kept])
+            sequences.go_on(kept, [tokens[at] for at in kept])
     return [_line(tokenizer, ids, ends) for ids in made]
-
-
-class _Cached:
-    """Rows whose past is kept: after the first step each reads one token."""
-
-    def __init__(self, model: Model, contexts: Sequence[Ids]) -> None:
-        self.model, self.ids = model, contexts
-        self.past = Past.nothing(model, len(contexts))
-
-    def next(self) -> Tensor:
-        """The logits_RV of the next token of each row."""
-        logits_RV, self.past = self.past.read(self.model, self.ids)
-        return logits_RV
-
-    def go_on(self, rows: list[int], tokens: list[int]) -> None:
-        """Keep these rows, each with a token more; the others are done."""
-        if len(rows) < len(self.ids):
-            self.past = self.past.take(torch.tensor(rows, device=place(self.model)))
-        self.ids = [[token] for token in tokens]
-
-
-class _Anew:
-    """Rows that are read whole at every step, for models whose cache cannot stand padding."""
-
-    def __init__(self, model: Model, contexts: Sequence[Ids]) -> None:
-        self.model, self.ids = model, [list(row) for row in contexts]
-
-    def next(self) -> Tensor:
-        """As _Cached.next."""
-        ids_RL, mask_RL = pad(self.ids, place(self.model))
-        last_R = ids_RL.shape[1] - mask_RL.sum(1) + 1
-        rows = Rows(torch.arange(len(self.ids), device=ids_RL.device), last_R)
-        inputs = {"input_ids": ids_RL, "attention_mask": mask_RL, "use_cache": False}
-        logits_RV, _ = logits_at(self.model, rows, **inputs)
-        return logits_RV
-
-    def go_on(self, rows: list[int], tokens: list[int]) -> None:
-        """As _Cached.go_on."""
-        self.ids = [[*self.ids[row], token] for row, token in zip(rows, tokens, strict=True)]
 
 
 def _ends(model: Model, tokenizer: Any) -> set[int]:

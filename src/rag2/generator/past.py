@@ -6,13 +6,13 @@ next, M rows of logits, V vocabulary.
 
 import copy
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from einops import rearrange, repeat
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
@@ -33,16 +33,47 @@ class Past:
         mask_RP = torch.zeros(rows, 0, dtype=torch.long, device=place(model))
         return cls(DynamicCache(config=model.config), mask_RP)
 
+    @classmethod
+    def joined(cls, pasts: Sequence["Past"]) -> "Past":
+        """The rows of several pasts one after the other, padded in front."""
+        width = max(past.mask_RP.shape[1] for past in pasts)
+
+        def wide(states: Tensor) -> Tensor:
+            return nn.functional.pad(states, (0, 0, width - states.shape[-2], 0))
+
+        layers = [past.cache.layers for past in pasts]
+        cache = _edited(
+            pasts[0].cache,
+            lambda at, kind: torch.cat([wide(getattr(one[at], kind)) for one in layers]),
+        )
+        masks = [nn.functional.pad(p.mask_RP, (width - p.mask_RP.shape[1], 0)) for p in pasts]
+        return cls(cache, torch.cat(masks))
+
+    def __len__(self) -> int:
+        return len(self.mask_RP)
+
+    @property
+    def bytes(self) -> int:
+        """What the cache takes."""
+        layers: list[Any] = self.cache.layers
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
+
     def take(self, index_R: Tensor) -> "Past":
         """A copy of the rows at `index_R`, in its order; a row may be taken several times."""
-        cache = copy.copy(self.cache)
-        cache.layers = [copy.copy(layer) for layer in self.cache.layers]
-        layers: list[Any] = cache.layers
-        for layer in layers:
-            if layer.is_initialized:
-                layer.keys = _rows(layer.keys, index_R)
-                layer.values = _rows(layer.values, index_R)
+        cache = _edited(self.cache, lambda at, kind: _rows(self._states(at, kind), index_R))
         return Past(cache, self.mask_RP[index_R])
+
+    def trimmed(self) -> "Past":
+        """The same without the positions that are padding in every row."""
+        used_P = self.mask_RP.any(0)
+        if used_P.all():
+            return self
+        kept = used_P.nonzero()[:, 0]
+        cache = _edited(self.cache, lambda at, kind: self._states(at, kind).index_select(-2, kept))
+        return Past(cache, self.mask_RP[:, kept])
+
+    def _states(self, layer: int, kind: str) -> Tensor:
+        return getattr(self.cache.layers[layer], kind)
 
     def read(
         self, model: Model, ids: Sequence[Ids], rows: Rows | None = None
@@ -104,6 +135,17 @@ class Past:
             use_cache=True,
         )
         return logits_MV
+
+
+def _edited(cache: DynamicCache, states: Callable[[int, str], Tensor]) -> DynamicCache:
+    """A copy whose every layer has the keys and values that `states` makes of its number."""
+    edited = copy.copy(cache)
+    edited.layers = [copy.copy(layer) for layer in cache.layers]
+    layers: list[Any] = edited.layers
+    for at, layer in enumerate(layers):
+        if layer.is_initialized:
+            layer.keys, layer.values = states(at, "keys"), states(at, "values")
+    return edited
 
 
 def _rows(states: Tensor, index_R: Tensor) -> Tensor:

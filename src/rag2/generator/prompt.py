@@ -20,6 +20,8 @@ class Built:
 
     text: str
     dropped: int
+    head: int = 0
+    """characters before the question: what other questions about the same passages begin with"""
 
 
 class Prompt(Config):
@@ -56,7 +58,7 @@ class Prompt(Config):
         for kept in range(len(passages), -1, -1):
             text = header + GAP.join([*reversed(passages[:kept]), stem])
             if self._fits(text, tokenizer):
-                return Built(text, dropped=len(passages) - kept)
+                return Built(text, len(passages) - kept, head=len(text) - len(stem))
         raise UserError(
             f"prompt.budget={self.budget} tokens: question {name or question[:60]!r} alone takes "
             f"{len(tokenizer.encode(header + stem))}: raise the budget, "

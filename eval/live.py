@@ -56,6 +56,10 @@ class LiveConfig(config.Config):
     chunk_tokens: int = Field(default=128, ge=8)
     """of a document, which is one chunk"""
     k: PositiveInt = 10
+    weight: float = Field(default=0.5, ge=0, le=1)
+    """of the vectors, in the searches by vectors and words"""
+    question_words: PositiveInt = 12
+    """of those searches, out of one text"""
     index: Index = Flat()
     retriever: str | None = None
     """folder of an encoder; null: `encoder` with random weights"""
@@ -120,6 +124,8 @@ def measured(
         took: dict[str, list[np.ndarray]] = {}
         for number in range(cfg.changes):
             one(live, cfg.k, chunker, document("new", number), document("new", number), took)
+            asked = " ".join(texts[number % len(texts)].split()[: cfg.question_words])
+            hybrid(live, asked, cfg.k, cfg.weight, took)
         began = time.perf_counter()
         live.refresh()
         refreshed = time.perf_counter() - began
@@ -158,6 +164,17 @@ def one(
     timed("add", lambda: live.add([document], chunker), document.text, True)
     timed("update", lambda: live.put([changed], chunker), changed.text, True)
     timed("remove", lambda: live.remove([changed.id]), changed.text, False)
+
+
+def hybrid(live: Live, text: str, k: int, weight: float, took: dict[str, list[np.ndarray]]) -> None:
+    """One search by vectors and words; [clock, CPU] seconds of it, and of one by vectors."""
+    for kind, ask in (
+        ("search by vectors and words", lambda: live.search([text], k, weight=weight)),
+        ("search by vectors", lambda: live.search([text], k)),
+    ):
+        began = np.array([time.perf_counter(), time.process_time()])
+        ask()
+        took.setdefault(kind, []).append([time.perf_counter(), time.process_time()] - began)
 
 
 def syncs(folder: Path) -> list[float]:

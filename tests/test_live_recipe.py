@@ -33,6 +33,7 @@ def test_every_change_is_timed_until_a_search_has_shown_it(recipe, tmp_path: Pat
             assert times[kind]["n"] == times[f"{kind} and search"]["n"] == 3
             assert 0 < times[kind]["p50"][0] < times[f"{kind} and search"]["p100"][0]
         assert times["search"]["n"] == 9
+        assert times["search by vectors and words"]["n"] == times["search by vectors"]["n"] == 3
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"config.yaml", "live.json"}
 
 

@@ -104,7 +104,7 @@ class Fused:
         found = (retriever.search(questions, depth) for retriever in (self.dense, self.lexical))
         both = [
             [
-                dict(zip(ids_K, _unit(scores_K), strict=True))
+                dict(zip(ids_K, unit(scores_K), strict=True))
                 for scores_K, ids_K in zip(scores_QK, ids_QK.tolist(), strict=True)
             ]
             for scores_QK, ids_QK in found
@@ -115,23 +115,29 @@ class Fused:
         self, lists_Q: Sequence[Sequence[Mapping[int, float]]], k: int
     ) -> tuple[np.ndarray, np.ndarray]:
         """What `search` makes of these lists at this weight."""
-        scores_QK = np.zeros((len(lists_Q), k), dtype=np.float32)
-        ids_QK = np.zeros((len(lists_Q), k), dtype=np.int64)
-        for row, (dense, lexical) in enumerate(lists_Q):
-            fused = {
-                chunk: self.weight * dense.get(chunk, 0.0)
-                + (1 - self.weight) * lexical.get(chunk, 0.0)
-                for chunk in dense.keys() | lexical.keys()
-            }
-            best = sorted(fused.items(), key=lambda item: (-item[1], item[0]))[:k]
-            ids_QK[row], scores_QK[row] = zip(*best, strict=True)
-        return scores_QK, ids_QK
+        return combined(lists_Q, self.weight, k)
 
 
-def _unit(scores_K: np.ndarray) -> list[float]:
-    """Scores that are best first, mapped onto [0, 1]."""
+def unit(scores_K: np.ndarray) -> list[float]:
+    """The s' of `Fused` of a list of scores that are best first."""
     spread = float(scores_K[0] - scores_K[-1])
     return ((scores_K - scores_K[-1]) / (spread or 1.0)).tolist()
+
+
+def combined(
+    lists_Q: Sequence[Sequence[Mapping[int, float]]], weight: float, k: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Scores_QK and ids_QK of `Fused`; each question's two lists hold k chunks together."""
+    scores_QK = np.zeros((len(lists_Q), k), dtype=np.float32)
+    ids_QK = np.zeros((len(lists_Q), k), dtype=np.int64)
+    for row, (dense, lexical) in enumerate(lists_Q):
+        fused = {
+            chunk: weight * dense.get(chunk, 0.0) + (1 - weight) * lexical.get(chunk, 0.0)
+            for chunk in dense.keys() | lexical.keys()
+        }
+        best = sorted(fused.items(), key=lambda item: (-item[1], item[0]))[:k]
+        ids_QK[row], scores_QK[row] = zip(*best, strict=True)
+    return scores_QK, ids_QK
 
 
 class Random:

@@ -8,7 +8,7 @@ one version. Nothing in the file depends on the clock.
 import hashlib
 import json
 import sqlite3
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -288,7 +288,7 @@ class KnowledgeBase:
         return Chunk(*row)
 
     def search_text(
-        self, query: str, k: int, namespaces: Sequence[str] | None = None
+        self, query: str, k: int, namespaces: Collection[str] | None = None
     ) -> list[tuple[int, float]]:
         """(chunk id, BM25 score) of at most k live chunks with a word of the query, best first.
 

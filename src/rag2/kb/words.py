@@ -5,7 +5,7 @@ changes neither the hits nor the scores of one.
 """
 
 import sqlite3
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable
 
 LIVE = "removed_version IS NULL"
 
@@ -32,7 +32,7 @@ class Words:
         )
 
     def search(
-        self, words: Iterable[str], k: int, namespaces: Sequence[str] | None
+        self, words: Iterable[str], k: int, namespaces: Collection[str] | None
     ) -> list[tuple[int, float]]:
         """(chunk id, BM25) of at most k chunks with any of the words, best first, ties by id."""
         # OR: by default FTS5 wants every word of a question in one chunk, and finds nothing.

@@ -20,7 +20,7 @@ from rag2.index.base import Backend, Blocks
 from rag2.index.generation import Generation, table_of
 from rag2.kb.chunk import Chunker
 from rag2.kb.store import KnowledgeBase, Put
-from rag2.live import folder
+from rag2.live import folder, hybrid
 from rag2.live.view import Embedder, Found, Part, View, delta_of
 from rag2.registry import UserError
 from rag2.reindex.build import Passages
@@ -83,9 +83,12 @@ class Live:
         self.path, self.backend, self.generations = Path(path), backend, generations
         # A connection each: a search waits neither for a commit nor for the making of a view.
         self._writer = KnowledgeBase(path)
-        self._maker, self._reader = (KnowledgeBase(path, trusted=True) for _ in range(2))
+        self._maker, self._reader, self._speller = (
+            KnowledgeBase(path, trusted=True) for _ in range(3)
+        )
         # Who needs several takes them in this order.
-        self._writing, self._making, self._seeing = RLock(), RLock(), Lock()
+        self._writing, self._making = RLock(), RLock()
+        self._spelling, self._seeing = Lock(), Lock()
         found = folder.newest(generations, embedder.fingerprint) if generations else None
         if found is not None and not self._fits(found):
             logger.warning("the generation in %s is of another knowledge base", generations)
@@ -100,7 +103,7 @@ class Live:
 
     def close(self) -> None:
         """Close the file; what was changed is already safe in it."""
-        for kb in (self._writer, self._reader, self._maker):
+        for kb in (self._writer, self._reader, self._maker, self._speller):
             kb.close()
 
     # ----- searching -----------------------------------------------------------------------------
@@ -118,22 +121,44 @@ class Live:
             return self._view
 
     def search(
-        self, questions: Sequence[str], k: int, namespaces: Collection[str] | None = None
+        self,
+        questions: Sequence[str],
+        k: int,
+        namespaces: Collection[str] | None = None,
+        weight: float = 1.0,
     ) -> Found:
         """The k best live chunks of each question, by the encoder of the view that is searched.
 
-        Only chunks of the namespaces are looked at (None: of all). Fewer if there are fewer.
+        Only chunks of the namespaces are looked at (None: of all). Fewer if there are fewer. With
+        `weight` < 1 the score is `rag2.retrieval.Fused`'s of vectors and of words (FTS5's BM25), of
+        one state. Raises UserError for k < 1 and for a weight outside [0, 1].
         """
         if isinstance(questions, str):
             raise ValueError("questions: a sequence of texts, not one text")
-        view = self.view()
-        return view.search(view.embedder.embed(questions, "question"), k, namespaces)
+        depth = hybrid.checked(weight, k)
+        if weight == 1:
+            view = self.view()
+            return view.search(view.embedder.embed(questions, "question"), k, namespaces)
+        view, words_B = self._spelled(questions, depth, namespaces)
+        queries_BD = view.embedder.embed(questions, "question")
+        return hybrid.fused(view.search(queries_BD, depth, namespaces), words_B, weight, k)
 
     def nearest(
         self, queries_BD: np.ndarray, k: int, namespaces: Collection[str] | None = None
     ) -> Found:
         """The same for embeddings of questions; UserError for one that is not finite."""
         return self.view().search(queries_BD, k, namespaces)
+
+    def _spelled(
+        self, questions: Sequence[str], k: int, namespaces: Collection[str] | None
+    ) -> tuple[View, list[hybrid.Words]]:
+        """A view, and the k best chunks of each question by its words, as of the same version."""
+        while True:
+            view = self.view()
+            with self._spelling, self._speller.reading():
+                if self._speller.version == view.version:  # nobody wrote in between
+                    search = self._speller.search_text
+                    return view, [search(question, k, namespaces) for question in questions]
 
     # ----- changing ------------------------------------------------------------------------------
 

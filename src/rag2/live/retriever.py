@@ -11,16 +11,21 @@ from rag2.types import Question
 
 @dataclass(frozen=True, slots=True)
 class LiveDense:
-    """A dense retriever over what is live now.
+    """A retriever over what is live now, by vectors, or with `weight` < 1 by words too.
 
-    Relation: over the same chunks, equal to `rag2.retrieval.Dense`.
+    Relations: over the same chunks, equal to `rag2.retrieval.Dense`; with `weight` < 1 to `Fused`
+    of it and FTS5's BM25.
     """
 
     live: Live
     scale: float
-    """of the encoder: score = scale * cosine, the logits of training"""
+    """of the encoder: score = scale * cosine, the logits of training; fused scores have none"""
+    weight: float = 1.0
+    """of the vectors"""
 
     def search(self, questions: Sequence[Question], k: int) -> tuple[np.ndarray, np.ndarray]:
         """As Retriever.search; fewer than k chunks where fewer are live."""
-        found = self.live.search([question.question for question in questions], k)
-        return found.scores_BK * self.scale, found.ids_BK
+        asked = [question.question for question in questions]
+        found = self.live.search(asked, k, weight=self.weight)
+        scale = self.scale if self.weight == 1 else 1.0
+        return found.scores_BK * scale, found.ids_BK

@@ -23,5 +23,9 @@ class Settings(Config):
     """chunks that are read"""
     temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     """of p(z|x) = softmax(score / temperature)"""
+    dense_weight: float = Field(default=1.0, ge=0, le=1)
+    """below 1, chunks are found by words, too (see `rag2.retrieval.Fused`)"""
     max_new_tokens: int = Field(default=64, ge=1, le=4096)
     """longest answer, in tokens, where a request names none"""
+    stop: list[str] = ["\n"]
+    """where an answer ends, beside the end-of-text token"""

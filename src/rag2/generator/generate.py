@@ -93,7 +93,7 @@ def _continue(
     """The texts after one batch of contexts."""
     sequences = running(model)
     sequences.add(contexts)
-    ends = _ends(model, tokenizer)
+    ends = ends_of(model, tokenizer)
     made: list[list[int]] = [[] for _ in contexts]
     alive = list(range(len(contexts)))
     while alive:
@@ -114,7 +114,7 @@ def _continue(
     return [_line(tokenizer, ids, ends) for ids in made]
 
 
-def _ends(model: Model, tokenizer: Any) -> set[int]:
+def ends_of(model: Model, tokenizer: Any) -> set[int]:
     """The end-of-text tokens of tokenizer and model, which may be several."""
     listed = model.config.get_text_config().eos_token_id
     listed = listed if isinstance(listed, list) else [listed]

@@ -76,12 +76,14 @@ class Mixtures:
         ]
 
     @torch.no_grad()
-    def go_on(self, tokens: Sequence[int], over: Sequence[bool]) -> None:
-        """Append each answer's token; those that are `over` are live no longer."""
+    def go_on(self, tokens: Sequence[int | None], over: Sequence[bool]) -> None:
+        """Append each answer's token, if it has one more; those `over` are live no longer."""
         rows, read, at = [], [], 0
         parts = zip(self.live, self._split(), tokens, over, strict=True)
         for mixture, logp_SV, token, ends in parts:
-            mixture.follow(logp_SV[:, token].double().cpu())
+            assert token is not None or ends
+            if token is not None:
+                mixture.follow(logp_SV[:, token].double().cpu())
             if not ends:
                 rows += range(at, at + len(logp_SV))
                 read += [token] * len(logp_SV)
@@ -108,3 +110,14 @@ class Mixtures:
 def log_prior(scores_K: np.ndarray, temperature: float) -> Tensor:
     """log p(z|x) of the chunks read, from their retrieval scores, in float64 [K]."""
     return (torch.from_numpy(scores_K.astype(np.float64)) / temperature).log_softmax(0)
+
+
+def forced(model: Model, mixture: Mixture, tokens: Sequence[int]) -> list[float]:
+    """log p(y_t | x, y_<t) in nats of each of these tokens; the mixture is used up."""
+    mixtures, steps = Mixtures(model), []
+    mixtures.add([mixture])
+    for at, token in enumerate(tokens):
+        (logp_V,) = mixtures.next()
+        steps.append(float(logp_V[token]))
+        mixtures.go_on([token], [at == len(tokens) - 1])
+    return steps

@@ -1,0 +1,75 @@
+"""Chunks found and choices -> log p(choice | question) and the posterior of the likeliest one."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from rag2.answering.ask import Ask
+from rag2.answering.draft import Prompts
+from rag2.answering.settings import Settings
+from rag2.evaluation import score
+from rag2.evaluation.arms import Found, Reader, evaluate
+from rag2.generator.load import Generator
+from rag2.generator.mixture import Mixture, forced, log_prior
+from rag2.generator.pairs import encode_pairs
+from rag2.types import Chunk, Question
+
+Hits = list[tuple[Chunk, float]]
+Likelihoods = tuple[list[float], list[float] | None]
+
+
+def log_likelihoods(
+    generator: Generator, settings: Settings, ask: Ask, hits: Hits, choices: Sequence[str]
+) -> Likelihoods:
+    """In nats, and p(z|x,y) of each chunk; None for chunks that were read in one prompt."""
+    reading = ask.reading or settings.reading
+    if reading == "token" and hits:
+        return _by_token(generator, settings, ask, hits, choices)
+    return _by_harness(generator, settings, ask, hits, choices, reading)
+
+
+def _by_harness(
+    generator: Generator,
+    settings: Settings,
+    ask: Ask,
+    hits: Hits,
+    choices: Sequence[str],
+    reading: str,
+) -> Likelihoods:
+    """By the harness's own functions, as it scores an arm."""
+    question = Question("", ask.question, tuple(choices), answer=0)
+    header = settings.prompt.header() + ask.header
+    by_id = {chunk.id: chunk for chunk, _ in hits}
+    reader = Reader(generator, settings.prompt, by_id, headers={question.id: header})
+    scores_QK = np.array([[value for _, value in hits]], dtype=np.float64)
+    ids_QK = np.array([[chunk.id for chunk, _ in hits]], dtype=np.int64)
+    together = reading == "concat" and len(hits) > 1
+    concat = [len(hits)] if together else []
+    table = evaluate([question], Found(scores_QK, ids_QK), reader, concat=concat)
+    mode: score.Reading = "concat" if together else "marginal"
+    logp_QC = score.read(table, mode, len(hits), settings.temperature)
+    if together:
+        return logp_QC[0].tolist(), None
+    best_Q = score.predict(logp_QC)
+    posterior_QK = score.posterior(table, len(hits), settings.temperature, best_Q)
+    return logp_QC[0].tolist(), posterior_QK[0].tolist()
+
+
+def _by_token(
+    generator: Generator, settings: Settings, ask: Ask, hits: Hits, choices: Sequence[str]
+) -> Likelihoods:
+    """By weights that stand still from token to token."""
+    tokenizer = generator.tokenizer
+    prompts = Prompts.of(ask, [chunk for chunk, _ in hits], settings, tokenizer)
+    header = settings.prompt.header() + ask.header
+    stem = settings.prompt.context(ask.question, [], tokenizer, header=header).text
+    scores_S = np.array([hits[at][1] for at in prompts.read])
+    weights_S = log_prior(scores_S, settings.temperature)
+    logps, made = [], []
+    for choice in settings.prompt.continuations(choices):
+        ((_, ids),) = encode_pairs(tokenizer, [(stem, choice)])
+        made.append(Mixture(prompts.contexts, weights_S, moving=False))
+        logps.append(sum(forced(generator.model, made[-1], ids)))
+    best = max(range(len(logps)), key=logps.__getitem__)
+    shares = dict(zip(prompts.read, made[best].posterior(), strict=True))
+    return logps, [shares.get(at, 0.0) for at in range(len(hits))]

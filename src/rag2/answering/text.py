@@ -1,0 +1,70 @@
+"""Tokens one after the other -> the text they are, and how much of it is certain already."""
+
+from collections.abc import Sequence
+from typing import Any
+
+BROKEN = "\N{REPLACEMENT CHARACTER}"  # what a part of a character decodes to
+
+
+class Text:
+    """Tokens -> the text that they are, up to the first stop, without white space at its ends."""
+
+    def __init__(self, tokenizer: Any, stops: Sequence[str]) -> None:
+        self.tokenizer, self.stops = tokenizer, stops
+        self.ended = False
+        self._done = ""
+        self._before: list[int] = []  # the last tokens of `done`: a token's text depends on them
+        self._open: list[int] = []  # tokens that end within a character
+        self._told = 0
+
+    def ends_before(self, token: int) -> bool:
+        """Whether this token completes a stop and adds nothing; the text is then at its end."""
+        text = self._raw([*self._open, token])
+        at = self._first_stop(text)
+        if at is None or len(text[:at].rstrip()) > len(self._raw(self._open).rstrip()):
+            return False
+        self._done, self._open, self.ended = text[:at], [], True
+        return True
+
+    def add(self, token: int) -> None:
+        """Append a token."""
+        self._open.append(token)
+        text = self._raw(self._open)
+        at = self._first_stop(text)
+        if at is not None:
+            self._done, self._open, self.ended = text[:at], [], True
+        elif not text.endswith(BROKEN):
+            self._done, self._before, self._open = text, self._open, []
+
+    def whole(self) -> str:
+        """The text so far."""
+        return self._raw(self._open).strip()
+
+    def news(self, all: bool) -> str:
+        """What was not told yet and stays whatever comes; `all` of it at the end."""
+        text = self._raw(self._open).lstrip()
+        if all:
+            sure = len(text.rstrip())
+        else:
+            sure = len(text.rstrip(BROKEN).rstrip())
+            for stop in self.stops:
+                held = range(1, len(stop))
+                cut = max((n for n in held if text[:sure].endswith(stop[:n])), default=0)
+                sure = min(sure, len(text[:sure]) - cut)
+            sure = len(text[:sure].rstrip())
+        new = text[self._told : sure]
+        self._told = max(self._told, sure)
+        return new
+
+    def _raw(self, tokens: Sequence[int]) -> str:
+        if not tokens:
+            return self._done
+        both = [*self._before, *tokens]
+        decode = self.tokenizer.decode
+        known = len(decode(self._before, skip_special_tokens=True))
+        return self._done + decode(both, skip_special_tokens=True)[known:]
+
+    def _first_stop(self, text: str) -> int | None:
+        start = max(0, len(self._done) - max(map(len, self.stops), default=0))
+        found = [at for stop in self.stops if (at := text.find(stop, start)) >= 0]
+        return min(found, default=None)

@@ -110,6 +110,12 @@ def verify(
     return manifest
 
 
+def seal(manifest: dict[str, Any]) -> str:
+    """SHA-256 of what `verify` returned, the `seal` in its file: it stands for every byte."""
+    text = json.dumps(manifest, sort_keys=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def is_complete(directory: Path | str) -> bool:
     """Whether the directory was committed; it says nothing about its bytes (see `verify`)."""
     return (Path(directory) / MANIFEST).is_file()
@@ -222,7 +228,7 @@ def _write_manifest(staging: Path, kind: str, meta: dict[str, Any]) -> None:
         _sync_directory(folder)
     _sync_directory(staging)
     body = {"format": FORMAT, "kind": kind, "files": listed, "meta": meta}
-    _write_durably(staging / MANIFEST, _seal(body))
+    _write_durably(staging / MANIFEST, _sealed(body))
     _sync_directory(staging)
 
 
@@ -246,15 +252,15 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
         shown = str(body.get("format"))[:20]
         raise ArtifactError(f"{path} has format {shown!r}; this version reads {FORMAT}")
     body.pop("seal", None)
-    if body.keys() != KEYS or _seal(body) != data:
+    if body.keys() != KEYS or _sealed(body) != data:
         raise ArtifactError(f"{path} is damaged: its seal does not match")
     return body
 
 
-def _seal(body: dict[str, Any]) -> bytes:
+def _sealed(body: dict[str, Any]) -> bytes:
     """The manifest file: canonical JSON with a SHA-256 over itself, so each byte is covered."""
-    seal = hashlib.sha256(json.dumps(body, sort_keys=True, allow_nan=False).encode()).hexdigest()
-    text = json.dumps({**body, "seal": seal}, sort_keys=True, indent=1, allow_nan=False)
+    whole = {**body, "seal": seal(body)}
+    text = json.dumps(whole, sort_keys=True, indent=1, allow_nan=False)
     return text.encode() + b"\n"
 
 

@@ -9,6 +9,7 @@ from typer.exceptions import TyperException
 
 from rag2 import __version__
 from rag2.cli.advise import advise
+from rag2.cli.export import export
 from rag2.cli.kb_changes import commands as kb_commands
 from rag2.cli.recipes import groups, run_recipe
 from rag2.cli.terminal import SETTINGS, status
@@ -17,6 +18,7 @@ from rag2.registry import UserError
 app = typer.Typer(**SETTINGS)
 app.add_typer(kb_commands, name="kb")
 app.command()(advise)
+app.command()(export)
 for _group, _commands in groups():
     app.add_typer(_commands, name=_group)
 
@@ -53,6 +55,7 @@ def root(
       rag2 train joint -c configs/demo/joint.yaml steps=60 out=runs/joint
       rag2 eval compare -c configs/demo/compare.yaml out=runs/compare
       rag2 advise runs/compare
+      rag2 export runs/demo exports/almanac
       rag2 sweep -c configs/demo/compare.yaml seed,world.seed=0,1,2 out=runs/seeds
     """
     if version:

@@ -157,8 +157,9 @@ def _adapted(folder: Path, dtype: str) -> Any:
 
 
 def _base(folder: Path, path: str, dtype: str) -> Generator:
+    inside = folder / path  # as in an export, where both move together
     try:
-        return Generator.load(path, dtype)
+        return Generator.load(inside if inside.is_dir() else path, dtype)
     except UserError as error:
         raise UserError(f"the base of adapter {folder} is missing: {error}") from None
 

@@ -74,6 +74,10 @@ class TokenChunker(Config):
         window = f"tokens {self.tokens} {self.overlap}\n"
         return hashlib.sha256((window + self._tokenizer.to_str()).encode()).hexdigest()
 
+    def tokenizer_json(self) -> str | None:
+        """The tokenizer as the text of a tokenizer.json; None for `words`, which needs none."""
+        return None if self.tokenizer == WORDS else self._tokenizer.to_str()
+
     def __call__(self, document: Document) -> list[tuple[int, int]]:
         """(start, end) characters of each chunk; raises UserError without a usable tokenizer."""
         text = document.text

@@ -319,7 +319,9 @@ class KnowledgeBase:
         if stored is None:
             return None
         chunker = TokenChunker.model_validate_json(stored)
-        for found in (chunker, chunker.model_copy(update={"tokenizer": str(tokenizer)})):
+        moved = chunker.model_copy(update={"tokenizer": str(tokenizer)})
+        # A name that is no path may be one on the hub: what lies beside the file needs no network.
+        for found in (moved, chunker) if tokenizer.is_dir() else (chunker, moved):
             try:
                 if found.fingerprint == self._meta("chunker_fingerprint"):
                     return found
@@ -331,6 +333,15 @@ class KnowledgeBase:
         """Write all of it, its last changes included, to a new file."""
         with closing(sqlite3.connect(path)) as target:
             self._db.backup(target)
+
+    def name_tokenizer(self, tokenizer: str) -> None:
+        """Note under which name the tokenizer of the chunker goes from now on, as after a move."""
+        with self._transaction():
+            stored = self._meta("chunker")
+            assert stored is not None, "nothing was cut yet"
+            chunker = TokenChunker.model_validate_json(stored)
+            renamed = chunker.model_copy(update={"tokenizer": tokenizer}).model_dump_json()
+            self._db.execute("UPDATE meta SET value = ? WHERE key = 'chunker'", (renamed,))
 
     def content_hash(self) -> str:
         """SHA-256 over the live documents and chunks, whatever their history, ids and order."""

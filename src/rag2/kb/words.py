@@ -75,12 +75,17 @@ class Words:
         if row is not None:
             return _name(row[0])
         made = self._db.execute("INSERT INTO namespaces (name) VALUES (?)", (namespace,))
-        table = _name(made.lastrowid or 0)
-        self._db.execute(
-            f"CREATE VIRTUAL TABLE {table}"
-            " USING fts5 (title, text, content = 'chunks', content_rowid = 'id')"
-        )
-        return table
+        return create_table(self._db, made.lastrowid or 0)
+
+
+def create_table(db: sqlite3.Connection, number: int) -> str:
+    """Make the full-text table of the namespace with a number; returns its name."""
+    table = _name(number)
+    db.execute(
+        f"CREATE VIRTUAL TABLE {table}"
+        " USING fts5 (title, text, content = 'chunks', content_rowid = 'id')"
+    )
+    return table
 
 
 def _name(number: int) -> str:

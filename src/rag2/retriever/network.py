@@ -57,7 +57,7 @@ def load_tower(
     """A checkpoint's network in `dtype`, in training mode, without the pooler it does not use."""
     local = hub.is_local(model, "encoder")
     try:
-        config = AutoConfig.from_pretrained(model, local_files_only=local)
+        config = AutoConfig.from_pretrained(model, local_files_only=local, trust_remote_code=False)
         network: Any = MODEL_MAPPING[type(config)] if type(config) in MODEL_MAPPING else AutoModel
         extra: dict[str, Any] = {}
         # An unused pooler would be a weight without a gradient, which DDP refuses.
@@ -72,6 +72,7 @@ def load_tower(
                 model,
                 config=config,
                 local_files_only=local,
+                trust_remote_code=False,
                 dtype=dtype,
                 use_safetensors=True,
                 output_loading_info=True,
@@ -89,7 +90,8 @@ def load_tower(
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     """The tokenizer that lies beside a checkpoint."""
     try:
-        return AutoTokenizer.from_pretrained(model)
+        local = hub.is_local(model, "encoder")
+        return AutoTokenizer.from_pretrained(model, local_files_only=local, trust_remote_code=False)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"cannot load the tokenizer of encoder {model!r}: {reason}") from None

@@ -1,0 +1,1 @@
+"""A trained system -> a directory that loads by itself, here and elsewhere."""

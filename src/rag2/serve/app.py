@@ -74,8 +74,7 @@ def build(serving: Serving) -> App:
         if method == "POST" and path in QUEUED:
             serving.check_room()
 
-    paths = {getattr(route, "path", "") for route in app.routes}
-    return Measured(Guard(app, serving.limits, admit), serving, paths)
+    return Measured(Guard(app, serving.limits, admit), serving, {"/", *app.openapi()["paths"]})
 
 
 def _operations(app: FastAPI, serving: Serving) -> None:
@@ -136,7 +135,8 @@ def _errors(app: FastAPI) -> None:
     async def invalid(_: Request, error: Any) -> Response:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"][1:])[:200]
-        message = f"{place}: {first['msg']}" if place else str(first["msg"])
+        said = str(first["msg"]).removeprefix("Value error, ")
+        message = f"{place}: {said}" if place else said
         told = ApiError(422, message[:300], "invalid_request", place or None)
         return replies.Reply(told.body(), status_code=422)
 

@@ -101,7 +101,9 @@ def _check_json(name: str, path: Path) -> None:
     limit = reading.TOKENIZER_LIMIT if path.name == "tokenizer.json" else reading.JSON_LIMIT
     found = reading.read_json(path, limit)
     checks: dict[str, Callable[[Any], object]] = {
-        "config.json": lambda value: schemas.model(value, name.startswith("generator/")),
+        "config.json": lambda value: schemas.model(
+            value, name.startswith("generator/"), _tensors(path.parent)
+        ),
         "tokenizer.json": schemas.tokenizer,
         "tokenizer_config.json": schemas.tokenizer_config,
         "generation_config.json": schemas.generation,
@@ -114,6 +116,16 @@ def _check_json(name: str, path: Path) -> None:
     }
     if path.name in checks and path.parent.name not in (sentence.POOLING, sentence.NORMALIZE):
         checks[path.name](found)
+
+
+def _tensors(folder: Path) -> list[int]:
+    """The numbers in each tensor of a model's weights."""
+    return [
+        n
+        for path in sorted(folder.glob("model*"))
+        if path.suffix == ".safetensors"
+        for n in reading.check_safetensors(path)
+    ]
 
 
 def encoder(found: Any) -> EncoderConfig:

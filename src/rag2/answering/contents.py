@@ -7,7 +7,8 @@ transformers, FAISS, Arrow and SQLite come after it, the last for a look at its 
 
 import re
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -53,11 +54,24 @@ def check(directory: Path) -> None:
     check_names(directory, files)
     artifact.verify(directory / "index", kind=GENERATION)
     for name, path in sorted(files.items()):
-        try:
+        with _blaming(directory, name):
             _check_file(name, path)
-        except ValueError as error:
-            raise artifact.ArtifactError(f"{directory}: file {name!r} {_worded(error)}") from None
-    _check_sentence(directory / "retriever", files)
+    with _blaming(directory, f"retriever/{FILE}"):
+        _check_sentence(directory / "retriever", files)
+
+
+@contextmanager
+def _blaming(directory: Path, name: str) -> Iterator[None]:
+    """Whatever is wrong with a file, in one line that names it.
+
+    A value of the wrong type may fail anywhere: what was not looked at to its end is refused.
+    """
+    try:
+        yield
+    except artifact.ArtifactError:
+        raise
+    except Exception as error:
+        raise artifact.ArtifactError(f"{directory}: file {name!r} {_worded(error)}") from None
 
 
 def check_names(directory: Path, names: Iterable[str]) -> None:
@@ -194,8 +208,10 @@ def _check_sentence(folder: Path, names: Iterable[str]) -> None:
         raise artifact.ArtifactError(f"{folder.parent} is no whole export: no {inside + name!r}")
 
 
-def _worded(error: ValueError) -> str:
+def _worded(error: Exception) -> str:
     """The first complaint, in one line."""
+    if not isinstance(error, ValueError):
+        return f"is malformed ({type(error).__name__}: {' '.join(str(error).split())[:100]})"
     if isinstance(error, ValidationError):
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))

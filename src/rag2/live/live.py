@@ -8,7 +8,6 @@ all that is gone left out, so that nothing is lost and nothing comes back.
 import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock, RLock
 from typing import Self, TypeVar
@@ -16,54 +15,18 @@ from typing import Self, TypeVar
 import numpy as np
 import pyarrow as pa
 
-from rag2.index.base import Backend, Blocks
+from rag2.index.base import Backend
 from rag2.index.generation import Generation, table_of
 from rag2.kb.chunk import Chunker
 from rag2.kb.store import KnowledgeBase, Put
 from rag2.live import folder, hybrid
+from rag2.live.snapshot import Snapshot
 from rag2.live.view import Embedder, Found, Part, View, delta_of
 from rag2.registry import UserError
-from rag2.reindex.build import Passages
-from rag2.retriever.embed import WINDOW
 from rag2.types import Document
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
-
-
-@dataclass(frozen=True, slots=True)
-class Snapshot:
-    """The chunks at a version, to build a generation of, in any thread."""
-
-    version: int
-    kb_hash: str
-    chunks: pa.Table
-    embedder: Embedder
-    view: View | None
-    """what is encoded already"""
-
-    def build(self, backend: Backend) -> Generation | None:
-        """The generation of all the chunks; None if there are none."""
-        if not len(self.chunks):
-            return None
-        index = backend.fill(Blocks(self._blocks(), self.chunks.column("id").to_numpy()))
-        made_by, count = self.embedder.fingerprint, len(self.chunks)
-        return Generation(index, self.chunks, made_by, self.version, self.kb_hash, 0, count)
-
-    def _blocks(self) -> Iterator[np.ndarray]:
-        """Embeddings [M, D] of WINDOW chunks at a time; known ones are taken as they are."""
-        ids_N, passages = self.chunks.column("id").to_numpy(), Passages(self.chunks)
-        for start in range(0, len(ids_N), WINDOW):
-            ids_M = ids_N[start : start + WINDOW]
-            if self.view is None:
-                yield self.embedder.embed(passages[start : start + WINDOW], "chunk")
-                continue
-            vectors_MD, known_M = self.view.known(ids_M)
-            new = np.flatnonzero(~known_M)
-            if new.size:
-                texts = [passages[start + row] for row in new.tolist()]
-                vectors_MD[new] = self.embedder.embed(texts, "chunk")
-            yield vectors_MD
 
 
 class Live:

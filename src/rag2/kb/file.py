@@ -28,27 +28,40 @@ class File:
             raise UserError(f"knowledge base {str(self.path)!r} {what}")
         uri = f"{self.path.absolute().as_uri()}?mode={'rwc' if create else 'rw'}"
         # Transactions are explicit; of several threads, one at a time may call.
-        self._db = sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False)
-        self._words = Words(self._db)
+        db = sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False)
+        self._connection, self._words, self._old = db, Words(db), False
         try:
             # FULL: a change that returned survives a power cut, not only a killed process.
-            self._db.execute("PRAGMA synchronous = FULL")
-            self._db.execute("PRAGMA temp_store = MEMORY")
+            db.execute("PRAGMA synchronous = FULL")
+            db.execute("PRAGMA temp_store = MEMORY")
             if create:
-                schema.create(self._db)
+                schema.create(db)
             found = self._meta("format")
             known = found in (schema.FORMAT, schema.OLD)
             looked_at = trusted or not known
-            sound = looked_at or self._db.execute("PRAGMA quick_check").fetchone()[0] == "ok"
+            sound = looked_at or db.execute("PRAGMA quick_check").fetchone()[0] == "ok"
             self._old = found == schema.OLD and sound
             if self._old:
-                schema.read_old(self._db)
+                schema.read_old(db)
         except sqlite3.DatabaseError:
             known, sound = False, True
         if not known or not sound:
             self.close()
             what = f"is not a knowledge base of format {schema.FORMAT}" if sound else "is damaged"
             raise UserError(f"{self.path} {what}")
+
+    @property
+    def _db(self) -> sqlite3.Connection:
+        """The connection, which sees the file in the format that it has by now."""
+        if self._old and not self._connection.in_transaction:
+            self._see_new()
+        return self._connection
+
+    def _see_new(self) -> None:
+        """Where another process has rewritten a file of the old format, read it as it is."""
+        if schema.is_new(self._connection):
+            schema.forget_old(self._connection)
+            self._old = False
 
     def __enter__(self) -> Self:
         return self
@@ -58,7 +71,7 @@ class File:
 
     def close(self) -> None:
         """Close the file; what was changed is already safe in it."""
-        self._db.close()
+        self._connection.close()
 
     @property
     def version(self) -> int:
@@ -87,6 +100,8 @@ class File:
             return
         self._db.execute("BEGIN")
         try:
+            if self._old:
+                self._see_new()  # in the state that is read from here on
             yield
         finally:
             self._db.execute("COMMIT")
@@ -126,6 +141,10 @@ class File:
                     self._db.execute("RELEASE change")
             if isinstance(error, sqlite3.OperationalError):  # a full disk, a file gone read-only
                 raise UserError(f"{self.path} cannot be changed: {error}") from None
+            if isinstance(error, UnicodeEncodeError):
+                raise UserError(
+                    f"a lone surrogate, which no UTF-8 text can hold: {error}"
+                ) from None
             raise
 
     def _meta(self, key: str) -> str | None:

@@ -7,8 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from rag2.kb.chunk import TokenChunker
 from rag2.kb.file import File
+from rag2.kb.names import encodable
 from rag2.kb.words import LIVE
 from rag2.registry import UserError
 from rag2.types import Chunk, Document
@@ -67,6 +70,8 @@ class State(File):
             f"SELECT id, text, title, metadata FROM documents WHERE {LIVE}"
             " AND namespace = coalesce(?, namespace) ORDER BY row"
         )
+        if namespace is not None:
+            encodable("namespace", namespace)
         for id, text, title, metadata in self._db.execute(query, (namespace,)):
             yield Document(id, text, title, json.loads(metadata))
 
@@ -112,17 +117,22 @@ class State(File):
     def chunks_of(self, document: str, namespace: str = "") -> list[Chunk]:
         """The live chunks of a document, ordered by id; none where there is no such document."""
         query = f"{CHUNK} WHERE namespace = ? AND document = ? AND {LIVE} ORDER BY id"
-        return [Chunk(*row) for row in self._db.execute(query, (namespace, document))]
+        given = (encodable("namespace", namespace), encodable("id", document))
+        return [Chunk(*row) for row in self._db.execute(query, given)]
 
     def chunker(self, tokenizer: Path) -> TokenChunker | None:
         """The chunker that cut the documents; None if there is none yet or its tokenizer is gone.
 
-        A tokenizer that was moved is looked for at `tokenizer`; only the same one will do.
+        A tokenizer that was moved is looked for at `tokenizer`; only the same one will do. Raises
+        UserError for a chunker that is none of rag2's.
         """
         stored = self._meta("chunker")
         if stored is None:
             return None
-        chunker = TokenChunker.model_validate_json(stored)
+        try:
+            chunker = TokenChunker.model_validate_json(stored)
+        except ValidationError:
+            raise UserError(f"{self.path} was cut by somebody's own chunker: {stored}") from None
         for found in (chunker, chunker.model_copy(update={"tokenizer": str(tokenizer)})):
             try:
                 if found.fingerprint == self._meta("chunker_fingerprint"):
@@ -149,7 +159,7 @@ class State(File):
     def missing(self, id: str, namespace: str = "", hint: str = "") -> UserError:
         """The error for a document that is not live in a namespace: where else it is, or a hint."""
         query = f"SELECT namespace FROM documents WHERE id = ? AND {LIVE} ORDER BY namespace"
-        others = [name for (name,) in self._db.execute(query, (id,))]
+        others = [name for (name,) in self._db.execute(query, (encodable("id", id),))]
         if others:
             named = ", ".join(repr(name) if name else "the one without a name" for name in others)
             hint = f"; it is in another namespace: {named}"
@@ -158,7 +168,8 @@ class State(File):
     def _live(self, id: str, namespace: str) -> tuple[str, str, str] | None:
         """Title, text and metadata of a live document."""
         query = "SELECT title, text, metadata FROM documents WHERE namespace = ? AND id = ?"
-        return self._db.execute(f"{query} AND {LIVE}", (namespace, id)).fetchone()
+        given = (encodable("namespace", namespace), encodable("id", id))
+        return self._db.execute(f"{query} AND {LIVE}", given).fetchone()
 
 
 def fields(document: Document) -> tuple[str, str, str]:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from rag2.kb.chunk import Chunker
+from rag2.kb.names import bounded
 from rag2.kb.state import State, fields
 from rag2.kb.words import LIVE
 from rag2.registry import UserError
@@ -39,7 +40,8 @@ class KnowledgeBase(State):
         count = 0
         with self._change() as version:
             self._bind(chunker)
-            for document in documents:
+            bounded("namespace", namespace)
+            for document in _documents(documents):
                 if self._live(document.id, namespace):
                     raise UserError(f"{self.path} already has a document {document.id!r}")
                 count += self._write("add", document, chunker, namespace, version)
@@ -55,7 +57,8 @@ class KnowledgeBase(State):
         seen: set[str] = set()
         with self._change() as version:
             self._bind(chunker)
-            for document in documents:
+            bounded("namespace", namespace)
+            for document in _documents(documents):
                 if document.id in seen:
                     raise UserError(f"document {document.id!r} is given twice")
                 seen.add(document.id)
@@ -176,3 +179,12 @@ class KnowledgeBase(State):
             "INSERT INTO changes (version, op, document, namespace) VALUES (?, ?, ?, ?)",
             (version, op, document, namespace),
         )
+
+
+def _documents(given: Iterable[Document]) -> Iterator[Document]:
+    """The same; raises TypeError for what is no document, UserError for an id that is too long."""
+    for document in given:
+        if not isinstance(document, Document):
+            raise TypeError(f"{document!r:.60} is a {type(document).__name__}, not a Document")
+        bounded("id", document.id)
+        yield document

@@ -175,7 +175,8 @@ class Live:
                     f"the generation was embedded by encoder {made_by}, "
                     f"not {embedder.fingerprint[:12]}"
                 )
-            if not self._fits(generation):
+            # One from before a compaction is not searched anyway, but made anew of the file.
+            if not (self._holds_erased(generation) or self._fits(generation)):
                 raise UserError(f"the generation is not of {self.path}: its chunks are others")
         self._install(generation, embedder)
 
@@ -202,7 +203,9 @@ class Live:
     def _snapshot(self, embedder: Embedder, known: View | None) -> Snapshot:
         with self._making, self._maker.reading():
             version, kb_hash = self._maker.version, self._maker.content_hash()
-            return Snapshot(version, kb_hash, table_of(self._maker.chunks()), embedder, known)
+            blind = known.blind if known is not None else ()
+            chunks = [chunk for chunk in self._maker.chunks() if chunk.id not in blind]
+            return Snapshot(version, kb_hash, table_of(chunks), embedder, known)
 
     def _install(self, generation: Generation | None, embedder: Embedder) -> None:
         """Commit and search a generation; what was erased since it was begun is not in it."""
@@ -224,14 +227,21 @@ class Live:
         return generation is not None and generation.kb_version < self._maker.oldest
 
     def _fits(self, generation: Generation) -> bool:
-        """Whether the live chunks of a generation have the texts that they have in the file."""
+        """Whether a generation's chunks have the texts that the file has, or had at its version.
+
+        Of one from before a compaction only those that are still live can be looked at, and there
+        has to be one.
+        """
+        version = generation.kb_version
         with self._making, self._maker.reading():
-            alive = {chunk.id: chunk for chunk in self._maker.chunks()}
-            newest = self._maker.version
-        rows = np.flatnonzero(np.isin(generation.ids_N, np.array([*alive], dtype=np.int64)))
-        kept = generation.chunks.take(pa.array(rows))
-        same = table_of([alive[id] for id in kept.column("id").to_pylist()])
-        return generation.kb_version <= newest and kept.equals(same)
+            if version > self._maker.version:
+                return False
+            erased = self._holds_erased(generation)
+            chunks = {c.id: c for c in self._maker.chunks(None if erased else version)}
+        known_N = np.isin(generation.ids_N, np.array([*chunks], dtype=np.int64))
+        kept = generation.chunks.take(pa.array(np.flatnonzero(known_N)))
+        same = kept.equals(table_of([chunks[id] for id in kept.column("id").to_pylist()]))
+        return same and bool(known_N.any() if erased else known_N.all())
 
     def _viewed(
         self,

@@ -22,7 +22,7 @@ from rag2.kb.build import build
 from rag2.kb.chunk import TokenChunker
 from rag2.kb.clean import clean
 from rag2.kb.duplicates import Near, _shingles
-from rag2.kb.ingest import Inputs, Reject, Summary, ingest
+from rag2.kb.ingest import Inputs, Reject, Summary, _batches, ingest
 from rag2.kb.read import Item, read
 from rag2.kb.store import KnowledgeBase
 from rag2.kb.table import Malformed
@@ -480,3 +480,14 @@ def test_fifty_killed_ingestions_are_completed_to_the_same_content(tmp_path, who
     assert (
         check_kills(tmp_path, whole, dice, kills=50, documents=1500) > 10
     )  # the kills came in the middle
+
+
+def test_long_documents_are_committed_after_so_many_characters():
+    texts = ["x" * (2**18 + n) for n in range(40)]
+    batches = [
+        [len(document.text) for document in batch]
+        for batch in _batches(Document(str(n), text) for n, text in enumerate(texts))
+    ]
+    assert sum(batches, []) == [*map(len, texts)]
+    for batch in batches[:-1]:
+        assert 2**22 <= sum(batch) + 3 * len(batch) < 2**22 + 2**19

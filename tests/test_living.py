@@ -4,6 +4,7 @@ import importlib.util
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -309,6 +310,32 @@ def test_a_compaction_by_another_process_while_a_generation_is_saved_leaves_none
     files = [path for path in (tmp_path / "generations").rglob("*") if path.is_file()]
     assert files and not any(b"wax" in path.read_bytes() for path in files)
     assert found(live, "wax", k=5) == ["rye"]
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_view_is_of_one_version_though_another_process_writes_while_it_is_made(
+    live: Live, monkeypatch: pytest.MonkeyPatch, whole: bool
+):
+    live.add(documents(3), LINES)
+    alive = KnowledgeBase.alive
+
+    def meanwhile(self: KnowledgeBase) -> dict[int, str]:
+        found = alive(self)
+        if self is live._maker:
+            with KnowledgeBase(live.path) as other:
+                other.put([Document("d1", f"changed {other.version}")], LINES)
+        return found
+
+    monkeypatch.setattr(KnowledgeBase, "alive", meanwhile)
+    if not whole:  # as the mistake would be
+        monkeypatch.setattr(KnowledgeBase, "reading", lambda self: nullcontext())
+        with pytest.raises(UserError, match="has no chunk"):
+            live.swap(None)
+        return
+    for _ in range(3):
+        live.swap(None)
+        texts = {"d one 0", "d two 0", "d one 2", "d two 2", f"changed {live._writer.version - 1}"}
+        assert {*found(live, "d one 1", 9)} == texts
 
 
 def test_changes_of_a_batch_are_found_together_at_its_end(live: Live):

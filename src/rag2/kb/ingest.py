@@ -1,6 +1,6 @@
 """Files, folders and data sets -> documents of a knowledge base, each input accounted for."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -138,7 +138,7 @@ def ingest(
     return inputs.summary(chunks, updated, unchanged)
 
 
-def _batches(documents: Inputs) -> Iterator[list[Document]]:
+def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
     """Documents in groups of bounded number and length."""
     batch: list[Document] = []
     characters = 0

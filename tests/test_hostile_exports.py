@@ -24,7 +24,7 @@ SOURCES = [HELPERS.parents[1] / "src", HELPERS.parents[1] / "kernels", HELPERS]
 @pytest.fixture(scope="module")
 def good(tmp_path_factory: pytest.TempPathFactory, home: Path) -> Path:
     """The export of a small system."""
-    return exported(home, tmp_path_factory.mktemp("good")).directory
+    return exported(home, tmp_path_factory.mktemp("good"), index="flat").directory
 
 
 class Audited:
@@ -147,7 +147,7 @@ def test_random_changes_are_refused_or_harmless(
 
 
 def test_an_encoder_that_did_not_make_the_index_is_refused(tmp_path: Path, good: Path, home: Path):
-    other = exported(home, tmp_path / "other").directory
+    other = exported(home, tmp_path / "other", index="flat").directory
 
     def swap(directory: Path) -> None:
         shutil.rmtree(directory / "retriever")

@@ -36,7 +36,8 @@ def parts(home: Path, folder: Path, **encoder: Any) -> Source:
 
 def exported(home: Path, folder: Path, **options: Any) -> Exported:
     """The export of such a system, in `folder`/export."""
-    write(parts(home, folder), folder / "export", index="torch", **options)
+    settings: dict[str, Any] = {"index": "torch"} | options
+    write(parts(home, folder), folder / "export", **settings)
     return Exported.open(folder / "export")
 
 

@@ -39,6 +39,7 @@ QUESTIONS = [
     "why",
     "naïve 日本語",
 ]
+PROMPTS = ("prefix", "prompt", "p_tuning")
 ENCODERS: dict[str, dict[str, Any]] = {
     "one tower": {},
     "cls and prefixes": {
@@ -93,7 +94,7 @@ def test_the_generator_is_a_plain_folder_for_transformers(tmp_path: Path, home: 
     assert Exported.open(tmp_path / "export").generator().fingerprint() == trained.fingerprint()
 
 
-@pytest.mark.parametrize("method", ["lora", "ia3", "houlsby", "prefix"])
+@pytest.mark.parametrize("method", ["lora", "dora", "ia3", "houlsby", *PROMPTS])
 @pytest.mark.parametrize("adapters", ["merge", "keep"])
 def test_adapters_are_merged_or_kept_and_compute_the_same(
     tmp_path: Path, home: Path, seed: int, method: str, adapters: Any
@@ -106,7 +107,7 @@ def test_adapters_are_merged_or_kept_and_compute_the_same(
             weight.data += 0.05 * torch.randn_like(weight)
     tuned.save(source.generator)
     out = tmp_path / "export"
-    if adapters == "merge" and method in ("houlsby", "prefix"):
+    if adapters == "merge" and method in ("houlsby", *PROMPTS):
         with pytest.raises(UserError, match="cannot be merged .*--adapters keep"):
             write(source, out, index="torch", adapters=adapters)
         assert not out.exists()
@@ -156,12 +157,12 @@ def test_a_run_comes_back_as_it_was_committed(tmp_path: Path, run: Path, home: P
     )
 
 
-def test_the_same_run_gives_the_same_bytes(tmp_path: Path, run: Path):
+def test_the_same_run_gives_the_same_bytes(tmp_path: Path, run: Path, home: Path):
     for name in ("a", "b"):
         write(of_run(run), tmp_path / name, index="torch")
     assert Exported.open(tmp_path / "a").id == Exported.open(tmp_path / "b").id
     there = [p.read_bytes() for p in (tmp_path / "a").rglob("*") if p.is_file()]
-    here = str(tmp_path).encode(), str(run.parent).encode()
+    here = [str(path).encode() for path in (tmp_path, run.parent, home)]
     assert not [data for data in there if any(path in data for path in here)]  # no path of ours
 
 

@@ -48,6 +48,8 @@ class Rag:
         self.chunker, self.settings, self.export = chunker, settings, export
         self.scale = float(encoder.scale.detach())
         self.reading = Lock()  # a model is read by one thread at a time
+        self._looking = Lock()
+        self._kb = KnowledgeBase(live.path, trusted=True)  # to look things up in
         self._closing = ExitStack()
 
     @classmethod
@@ -94,6 +96,7 @@ class Rag:
 
     def close(self) -> None:
         """Let go of the state directory; what was changed is already safe in it."""
+        self._kb.close()
         self._closing.close()
 
     # ----- questions -----------------------------------------------------------------------------
@@ -102,11 +105,17 @@ class Rag:
         self, question: str, k: int | None = None, namespaces: Collection[str] | None = None
     ) -> list[Citation]:
         """The best chunks of a question, fewer where there are fewer; `posterior` is p(z|x)."""
+        return self.retrieved(question, k, namespaces)[0]
+
+    def retrieved(
+        self, question: str, k: int | None = None, namespaces: Collection[str] | None = None
+    ) -> tuple[list[Citation], View]:
+        """The same, and the state that was searched."""
         k = self.settings.k if k is None else k
-        hits, _ = self.search([question], k, namespaces)
-        scores_K = np.array([value for _, value in hits[0]])
-        prior = log_prior(scores_K, self.settings.temperature).exp().tolist() if hits[0] else []
-        return [Citation.of(*hit, share) for hit, share in zip(hits[0], prior, strict=True)]
+        (hits,), view = self.search([question], k, namespaces)
+        scores_K = np.array([value for _, value in hits])
+        prior = log_prior(scores_K, self.settings.temperature).exp().tolist() if hits else []
+        return [Citation.of(*hit, share) for hit, share in zip(hits, prior, strict=True)], view
 
     def answer(self, question: str, **ask: Any) -> Answer:
         """Write an answer; keywords are the fields of `Ask`. Raises UserError for a wrong one."""
@@ -159,6 +168,16 @@ class Rag:
         return Scored(tuple(logps), cited, self.place(view))
 
     # ----- documents -----------------------------------------------------------------------------
+
+    def documents(self, namespace: str = "", after: str = "", limit: int = 100) -> list[Document]:
+        """Live documents in the order of their ids, those after `after`, at most `limit`."""
+        with self._looking:
+            return self._kb.listed(namespace, after, limit)
+
+    def document(self, id: str, namespace: str = "") -> Document | None:
+        """The live document of an id; None if there is none."""
+        with self._looking:
+            return self._kb.document(id, namespace)
 
     def put(self, documents: Iterable[Document], namespace: str = "") -> Put:
         """Add or replace documents; durable, and in the next search, on return."""

@@ -12,6 +12,7 @@ from rag2.cli.advise import advise
 from rag2.cli.export import export
 from rag2.cli.kb_changes import commands as kb_commands
 from rag2.cli.recipes import groups, run_recipe
+from rag2.cli.serve import serve
 from rag2.cli.terminal import SETTINGS, status
 from rag2.registry import UserError
 
@@ -19,6 +20,7 @@ app = typer.Typer(**SETTINGS)
 app.add_typer(kb_commands, name="kb")
 app.command()(advise)
 app.command()(export)
+app.command()(serve)
 for _group, _commands in groups():
     app.add_typer(_commands, name=_group)
 
@@ -56,6 +58,7 @@ def root(
       rag2 eval compare -c configs/demo/compare.yaml out=runs/compare
       rag2 advise runs/compare
       rag2 export runs/demo exports/almanac
+      rag2 serve exports/almanac
       rag2 sweep -c configs/demo/compare.yaml seed,world.seed=0,1,2 out=runs/seeds
     """
     if version:

@@ -266,6 +266,23 @@ class KnowledgeBase:
         for id, text, title, metadata in self._db.execute(query, (namespace,)):
             yield Document(id, text, title, json.loads(metadata))
 
+    def listed(self, namespace: str, after: str, limit: int) -> list[Document]:
+        """Live documents of a namespace in the order of their ids, those after `after`."""
+        query = (
+            f"SELECT id, text, title, metadata FROM documents WHERE {LIVE}"
+            " AND namespace = ? AND id > ? ORDER BY id LIMIT ?"
+        )
+        rows = self._db.execute(query, (namespace, after, limit)).fetchall()
+        return [Document(id, text, title, json.loads(data)) for id, text, title, data in rows]
+
+    def document(self, id: str, namespace: str = "") -> Document | None:
+        """The live document of an id; None if there is none."""
+        query = (
+            f"SELECT text, title, metadata FROM documents WHERE namespace = ? AND id = ? AND {LIVE}"
+        )
+        row = self._db.execute(query, (namespace, id)).fetchone()
+        return None if row is None else Document(id, row[0], row[1], json.loads(row[2]))
+
     def chunks(self, version: int | None = None) -> list[Chunk]:
         """The chunks alive at a version (None: now), ordered by id.
 

@@ -1,0 +1,1 @@
+"""A trained system over HTTP: OpenAI's endpoints, retrieval, scores, documents, and a page."""

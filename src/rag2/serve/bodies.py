@@ -1,0 +1,188 @@
+"""What requests may say; every number and length has a bound."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from rag2.serve import limits
+
+Text = Annotated[str, Field(min_length=1, max_length=limits.TEXT)]
+Name = Annotated[str, Field(max_length=limits.NAME)]
+Namespaces = Annotated[list[Name], Field(max_length=limits.NAMESPACES)]
+Stop = Annotated[str, Field(min_length=1, max_length=64)]
+K = Annotated[int, Field(ge=0, le=limits.K)]
+Reading = Literal["marginal", "token", "concat"]
+# What OpenAI's API has and this one has not: it is refused, not passed over in silence.
+ABSENT = {
+    "audio", "function_call", "functions", "logit_bias", "modalities", "prediction",
+    "response_format", "suffix", "tools", "web_search_options", "echo",
+}  # fmt: skip
+HARMLESS: tuple[Any, ...] = (None, [], {}, "", "none", {"type": "text"}, ["text"])
+
+
+class Body(BaseModel):
+    """Base of all: no coercion; unknown keys, of which clients send many, are passed over."""
+
+    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
+
+
+class Options(Body):
+    """How to retrieve and read; what is left out is as the system was exported."""
+
+    k: K | None = None
+    """chunks to read; 0 is the closed book"""
+    reading: Reading | None = None
+    namespaces: Namespaces | None = None
+    """whose documents may be found"""
+
+
+class Streaming(Body):
+    """OpenAI's stream_options."""
+
+    include_usage: bool | None = None
+
+
+class Sampled(Body):
+    """What chat and completions have in common."""
+
+    model: Name | None = None
+    stream: bool | None = None
+    stream_options: Streaming | None = None
+    temperature: float | None = Field(default=None, ge=0, le=2)
+    """0, the default: the likeliest token"""
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    max_tokens: int | None = Field(default=None, ge=1, le=limits.TOKENS)
+    stop: Stop | list[Stop] | None = Field(default=None)
+    seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
+    n: int | None = Field(default=None, ge=1, le=limits.N)
+    rag2: Options = Options()
+
+    @field_validator("stop")
+    @classmethod
+    def _few(cls, value: Any) -> Any:
+        if isinstance(value, list) and len(value) > limits.STOPS:
+            raise ValueError(f"at most {limits.STOPS} stops")
+        return value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has(cls, data: Any) -> Any:
+        if isinstance(data, dict):
+            for key in sorted(ABSENT & data.keys()):
+                if data[key] is not False and data[key] not in HARMLESS:
+                    raise ValueError(f"{key} is not supported")
+        return data
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """All of them."""
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+
+class Part(Body):
+    """A piece of a message."""
+
+    type: Literal["text"]
+    text: Annotated[str, Field(max_length=limits.TEXT)]
+
+
+class Message(Body):
+    """One turn."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: (
+        Annotated[str, Field(max_length=limits.TEXT)]
+        | Annotated[list[Part], Field(max_length=limits.TURNS)]
+    )
+
+    @property
+    def text(self) -> str:
+        """What it says."""
+        if isinstance(self.content, str):
+            return self.content
+        return "\n".join(part.text for part in self.content)
+
+
+class Chat(Sampled):
+    """POST /v1/chat/completions."""
+
+    messages: Annotated[list[Message], Field(min_length=1, max_length=limits.TURNS)]
+    max_completion_tokens: int | None = Field(default=None, ge=1, le=limits.TOKENS)
+    logprobs: bool | None = None
+
+    @model_validator(mode="after")
+    def _ends_with_a_question(self) -> "Chat":
+        if self.messages[-1].role != "user" or not self.messages[-1].text.strip():
+            raise ValueError("the last message must be the user's, and not empty")
+        return self
+
+
+class Completion(Sampled):
+    """POST /v1/completions: the prompt is a question."""
+
+    prompt: Text
+    logprobs: int | None = Field(default=None, ge=0, le=5)
+
+
+class Retrieve(Body):
+    """POST /v1/retrieve."""
+
+    query: Text
+    k: Annotated[int, Field(ge=1, le=limits.K)] | None = None
+    namespaces: Namespaces | None = None
+
+
+class Passage(Body):
+    """A text to rank."""
+
+    text: Text
+
+
+class Rerank(Body):
+    """POST /rerank, in Cohere's shape."""
+
+    model: Name | None = None
+    query: Text
+    documents: Annotated[list[Text | Passage], Field(min_length=1, max_length=limits.INPUTS)]
+    top_n: int | None = Field(default=None, ge=1, le=limits.INPUTS)
+    return_documents: bool | None = None
+
+
+class Score(Options):
+    """POST /v1/score."""
+
+    question: Text
+    choices: Annotated[list[Text], Field(min_length=1, max_length=limits.CHOICES)]
+
+
+class Embeddings(Body):
+    """POST /v1/embeddings."""
+
+    model: Name | None = None
+    input: Text | Annotated[list[Text], Field(min_length=1, max_length=limits.INPUTS)]
+    encoding_format: Literal["float", "base64"] | None = None
+    input_type: Literal["query", "document"] | None = None
+    """a question, or a passage: the two are embedded differently; default: document"""
+    dimensions: int | None = Field(default=None, ge=1, le=1 << 20)
+    """only the encoder's own"""
+
+    @property
+    def texts(self) -> list[str]:
+        """All of them."""
+        return [self.input] if isinstance(self.input, str) else self.input
+
+
+class NewDocument(Body):
+    """A document to add or replace."""
+
+    id: Annotated[str, Field(min_length=1, max_length=limits.NAME)]
+    text: Annotated[str, Field(min_length=1)]
+    title: Name = ""
+    metadata: dict[str, Any] = {}
+
+
+class Documents(Body):
+    """POST /v1/documents."""
+
+    documents: Annotated[list[NewDocument], Field(min_length=1, max_length=limits.DOCUMENTS)]
+    namespace: Name = ""

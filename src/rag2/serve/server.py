@@ -1,0 +1,124 @@
+"""`rag2 serve`: listen first, load, answer, and on SIGTERM finish what was accepted."""
+
+import asyncio
+import logging
+import secrets
+import socket
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import uvicorn
+
+from rag2.answering.rag import Rag
+from rag2.registry import UserError
+from rag2.serve.app import build
+from rag2.serve.limits import Limits
+from rag2.serve.protocol import protocol
+from rag2.serve.serving import Serving
+
+logger = logging.getLogger(__name__)
+PATIENCE = 5  # seconds for connections to close once all is answered
+
+
+class Server(uvicorn.Server):
+    """One process; its port is open while the system is loaded, and /ready says so."""
+
+    def __init__(self, serving: Serving, load: Callable[[], Rag], host: str, port: int) -> None:
+        """Raises UserError for an address that cannot be listened on."""
+        self.serving, self.load = serving, load
+        self.socket = _listen(host, port)
+        self.failed: UserError | None = None
+        self._rag: Rag | None = None
+        config = uvicorn.Config(
+            build(serving),
+            http=protocol(serving.limits),
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            h11_max_incomplete_event_size=serving.limits.header_bytes,
+            timeout_keep_alive=max(1, round(serving.limits.read_seconds)),
+            timeout_graceful_shutdown=PATIENCE,
+        )
+        super().__init__(config)
+
+    @property
+    def address(self) -> str:
+        """http://host:port as it was bound."""
+        host, port = self.socket.getsockname()[:2]
+        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+    def handle_exit(self, sig: int, frame: Any) -> None:
+        """The first signal drains; the second ends at once."""
+        if self.serving.draining:
+            self.force_exit = self.should_exit = True
+            return
+        self.serving.draining = True
+        threading.Thread(target=self._drain, daemon=True).start()
+
+    def answer(self, when_ready: Callable[[], None]) -> None:
+        """Serve until a signal ends it; raises UserError for a system that cannot be loaded."""
+        threading.Thread(target=self._load, args=(when_ready,), daemon=True).start()
+        try:
+            asyncio.run(self.serve(sockets=[self.socket]))
+        finally:
+            if self._rag is not None:
+                self._rag.close()
+        if self.failed is not None:
+            raise self.failed
+
+    def _load(self, when_ready: Callable[[], None]) -> None:
+        try:
+            self._rag = self.load()
+            self.serving.start(self._rag)
+        except UserError as error:
+            self.failed = error
+        except Exception as error:
+            logger.exception("the system cannot be loaded")
+            self.failed = UserError(f"the system cannot be loaded: {error}")
+        if self.failed is not None:
+            self.serving.failure = str(self.failed)
+            self.should_exit = True
+            return
+        when_ready()
+
+    def _drain(self) -> None:
+        if not self.serving.drain():
+            logger.error("not all that was accepted could be answered in time")
+        self.should_exit = True
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        listening = socket.socket(family, socket.SOCK_STREAM)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind((host, port))
+        listening.set_inheritable(True)
+    except OSError as error:
+        raise UserError(f"cannot listen on {host}:{port}: {error.strerror or error}") from None
+    return listening
+
+
+def token_for(given: str | None) -> str:
+    """The token that changes take; a random one where none is given."""
+    if given is not None and (not given.isascii() or not given.isprintable() or len(given) < 8):
+        raise UserError("--token: 8 or more printable ASCII characters")
+    return given or secrets.token_urlsafe(24)
+
+
+def serve(load: Callable[[], Rag], name: str, host: str, port: int, token: str | None) -> None:
+    """Answer until a signal ends it. Raises UserError as `Server` does."""
+    made = token_for(token)
+    serving = Serving(Limits(), name, made)
+    server = Server(serving, load, host, port)
+
+    def tell() -> None:
+        shown = server.address if token else f"{server.address}/#token={made}"
+        with suppress(BrokenPipeError):
+            print(f"ready: {shown}", flush=True)  # noqa: T201 (the command's output)
+
+    server.answer(tell)

@@ -9,6 +9,7 @@ from typer.exceptions import TyperException
 
 from rag2 import __version__
 from rag2.cli.advise import advise
+from rag2.cli.ask import ask
 from rag2.cli.export import export
 from rag2.cli.kb_changes import commands as kb_commands
 from rag2.cli.recipes import groups, run_recipe
@@ -21,6 +22,7 @@ app.add_typer(kb_commands, name="kb")
 app.command()(advise)
 app.command()(export)
 app.command()(serve)
+app.command()(ask)
 for _group, _commands in groups():
     app.add_typer(_commands, name=_group)
 
@@ -59,6 +61,7 @@ def root(
       rag2 advise runs/compare
       rag2 export runs/demo exports/almanac
       rag2 serve exports/almanac
+      rag2 ask exports/almanac "Where is Lillan Works located?"
       rag2 sweep -c configs/demo/compare.yaml seed,world.seed=0,1,2 out=runs/seeds
     """
     if version:

@@ -9,7 +9,10 @@ from rag2.registry import UserError
 
 
 def serve(
-    export: Annotated[Path, typer.Argument(metavar="EXPORT", help="What `rag2 export` wrote.")],
+    export: Annotated[
+        Path,
+        typer.Argument(metavar="EXPORT", help="What `rag2 export` wrote, a joint run or a demo."),
+    ],
     state: Annotated[
         Path | None,
         typer.Option(help="Where changes of documents live; by default EXPORT.state."),
@@ -30,11 +33,13 @@ def serve(
     """Serve an export: OpenAI's API, retrieval, scores, documents, and a page to ask.
 
     The port is open at once; /ready says when the export is verified and loaded. SIGTERM finishes
-    what was accepted. The export stays as it is.
+    what was accepted. The export stays as it is. Of a run or a demo an export is written first,
+    beside its final/.
 
     \b
     Examples:
       rag2 serve exports/almanac
+      rag2 serve runs/demo/joint/final
       rag2 serve exports/almanac --state /var/lib/almanac --host 0.0.0.0 --port 80
       curl -s localhost:8000/v1/chat/completions -H 'content-type: application/json' \\
         -d '{"messages": [{"role": "user", "content": "Where is Lillan Works located?"}]}'
@@ -48,9 +53,13 @@ def serve(
     from transformers.utils import logging as transformers_logging
 
     from rag2.answering.rag import Rag
+    from rag2.cli.terminal import status
+    from rag2.export.beside import exported
 
     transformers_logging.disable_progress_bar()
     logging.getLogger("uvicorn").setLevel(logging.ERROR)
+    with status("exporting") as shown:
+        export = exported(export, shown.update)
     directory = state or export.with_name(f"{export.name}.state")
     run(
         lambda: Rag.from_pretrained(export, directory, dtype, device),

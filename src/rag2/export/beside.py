@@ -1,0 +1,33 @@
+"""A run that somebody wants to serve or ask -> its export, written beside its final/ if need be."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from rag2.answering.exported import Exported
+from rag2.export.source import of_run
+from rag2.export.write import write
+from rag2.registry import UserError
+
+NAME = "export"
+
+
+def exported(path: Path, say: Callable[[str], None]) -> Path:
+    """The export that `path` is, or that of the joint run that it is, in, or belongs to.
+
+    `say` hears what is being written. Raises UserError for a path that is neither, and for a run
+    whose export was made before its final/ or its results changed.
+    """
+    if (path / "kb.sqlite").is_file() and (path / "prompt.json").is_file():
+        return path
+    source = of_run(path)
+    out = source.generator.parent.with_name(NAME)
+    if not out.exists():
+        write(source, out, say=say)
+        return out
+    there = Exported.open(out)
+    if there.meta["parents"] != source.parents or there.settings != source.settings:
+        raise UserError(
+            f"{out} was made before the run's final/ or its results changed: remove it and "
+            f"{out}.state, or export the run to another place: rag2 export {path} OUT"
+        )
+    return out

@@ -23,27 +23,27 @@ async function start() {
   } catch (error) {
     if (!(error instanceof Failure)) throw error;
     at("failure").textContent = error.message;
+    if (error.status === 503) setTimeout(start, 1000);
     return;
   }
   const facts = model.rag2;
+  at("failure").textContent = "";
   for (const name of facts.namespaces) spaces.add(new Option(name || "(none)", name));
   at("namespace").hidden = facts.namespaces.length < 2;
   document.title = `${model.id} · RAG 2.0`;
+  at("lead").textContent = `Ask ${model.id}`;
   place(facts);
   const drawer = new Drawer(at("drawer"), namespace, place, ask);
   const open = (citation, edit) => drawer.open(citation, edit);
   arms.push(new Arm("A", facts, facts.k, open), new Arm("B", facts, 0, open));
-  at("arms").append(...arms.map((arm) => arm.root));
+  at("arms").append(...arms.map((arm) => arm.root), ...arms.map((arm) => arm.sources));
   compare(false);
   at("documents").onclick = () => open();
   at("compare").onclick = () => compare(!comparing());
 }
 
 function place(facts) {
-  Object.assign(model.rag2, facts);
-  const { documents, generation, version } = model.rag2;
-  at("place").textContent = `${model.id} · generation ${generation}, version ${version}`;
-  at("place").title = `${documents} documents at the start`;
+  at("place").textContent = `generation ${facts.generation} · version ${facts.version}`;
 }
 
 const comparing = () => at("compare").getAttribute("aria-pressed") === "true";
@@ -51,7 +51,7 @@ const comparing = () => at("compare").getAttribute("aria-pressed") === "true";
 function compare(on) {
   at("compare").setAttribute("aria-pressed", on);
   at("arms").classList.toggle("two", on);
-  arms[1].root.hidden = arms[1].k.disabled = !on;
+  arms[1].k.disabled = !on;
 }
 
 /** Put the question to every arm that is shown; a newer question ends an older one. */
@@ -75,7 +75,8 @@ async function ask() {
 /** A line of the history; pressing it shows what was answered then. */
 function remember(text, results) {
   const [item, button, said] = ["li", "button", "span"].map((name) => document.createElement(name));
-  const line = ({ text, facts, error, note }) => (text.trim() || error || note) + (facts ? ` · v${facts.version}` : "");
+  const line = ({ text, facts, error, note }) =>
+    [text.trim(), error || note, facts && `v${facts.version}`].filter(Boolean).join(" · ");
   button.type = "button";
   button.className = "plain";
   button.textContent = text;

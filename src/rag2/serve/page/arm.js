@@ -11,13 +11,16 @@ const READINGS = {
 export class Arm {
   /** `model` is what the server says of itself; `open(citation, edit)` shows a document. */
   constructor(name, model, k, open) {
-    this.root = document.getElementById("arm").content.cloneNode(true).firstElementChild;
+    this.root = copy("arm");
+    this.sources = copy("sources");
     this.open = open;
     this.temperature = model.temperature;
     this.find = (selector) => this.root.querySelector(selector);
     this.root.setAttribute("aria-label", `Answer ${name}`);
-    this.root.classList.add(name.toLowerCase());
+    this.sources.setAttribute("aria-label", `Sources of answer ${name}`);
+    for (const part of [this.root, this.sources]) part.classList.add(name.toLowerCase());
     this.find("h2").textContent = name;
+    this.sources.querySelector("h3 span").textContent = name;
     this.k = this.find("input");
     this.reading = this.find("select");
     for (const reading of model.readings) this.reading.add(new Option(reading));
@@ -37,7 +40,7 @@ export class Arm {
   /** Stream an answer; returns what it came to, which `show` takes. Never throws. */
   async ask(question, model, namespaces, signal) {
     const rag2 = { k: Number(this.k.value), reading: this.reading.value, namespaces };
-    const result = { k: rag2.k, reading: rag2.reading, text: "", citations: [], note: "", error: "" };
+    const result = { k: rag2.k, reading: rag2.reading, text: "", citations: [], cited: 0, note: "", error: "" };
     const said = this.start();
     try {
       const messages = [{ role: "user", content: question }];
@@ -47,6 +50,7 @@ export class Arm {
         const { delta, finish_reason: finish } = event.choices[0] ?? {};
         if (delta?.content) said.append((result.text += delta.content, delta.content));
         if (delta?.citations) result.citations = delta.citations;
+        if (delta?.annotations) result.cited = delta.annotations.length;
         if (event.rag2) result.facts = event.rag2;
         if (finish === "length") result.note = "cut at the limit of tokens";
       }
@@ -61,18 +65,22 @@ export class Arm {
 
   /** An empty answer to write into; the sources of the last one stay until there are others. */
   start() {
-    this.root.setAttribute("aria-busy", "true");
+    this.busy(true);
     for (const place of [".error", ".meta"]) this.find(place).textContent = "";
     this.find(".answer").replaceChildren();
     return this.find(".answer");
   }
 
+  busy(on) {
+    for (const part of [this.root, this.sources]) part.setAttribute("aria-busy", on);
+  }
+
   show(result) {
     this.settle(result.k, result.reading);
-    this.root.setAttribute("aria-busy", "false");
+    this.busy(false);
     const { facts, citations, k } = result;
     const text = result.text.trim() || (facts ? "(an empty answer)" : "");
-    if (this.find(".answer").textContent.trim() !== text) this.find(".answer").textContent = text;
+    this.find(".answer").textContent = text;
     this.find(".error").textContent = result.error;
     this.find(".meta").textContent = [
       result.note,
@@ -86,22 +94,37 @@ export class Arm {
     const all = exponentials.reduce((sum, value) => sum + value, 0);
     const rows = citations.map((c, at) => ({ ...c, prior: exponentials[at] / all }));
     rows.sort((a, b) => b.posterior - a.posterior || b.score - a.score);
-    this.find(".sources ol").replaceChildren(...rows.map((row) => this.card(row)));
-    this.find(".sources").hidden = !rows.length;
-    this.find(".legend").hidden = rows.some((row) => row.posterior === null);
+    const cards = rows.map((row) => this.card(row));
+    this.sources.querySelector("ol").replaceChildren(...cards);
+    this.sources.hidden = !rows.length;
+    this.sources.querySelector(".legend").hidden = rows.some((row) => row.posterior === null);
+    this.cite(cards.slice(0, result.cited));
+  }
+
+  /** Numbers behind the answer, each of which leads to a card. */
+  cite(cards) {
+    const numbers = cards.map((card, at) => {
+      const number = document.createElement("button");
+      number.type = "button";
+      number.className = "cite";
+      number.textContent = at + 1;
+      number.setAttribute("aria-label", `Source ${at + 1}`);
+      number.onclick = () => card.querySelector(".title").focus();
+      return number;
+    });
+    this.find(".answer").append(...numbers);
   }
 
   card(row) {
-    const card = document.getElementById("card").content.cloneNode(true).firstElementChild;
+    const card = copy("card");
     const find = (selector) => card.querySelector(selector);
     const told = row.posterior !== null;
     find(".title").textContent = row.title || row.document;
     find(".id").textContent = row.title ? row.document : "";
     find("b").textContent = told ? percent(row.posterior) : "";
     find(".passage").textContent = row.text;
-    const facts = [told && `posterior ${percent(row.posterior)}`, `prior ${percent(row.prior)}`];
-    find(".foot span").textContent = [...facts, `score ${row.score.toFixed(2)}`].filter(Boolean).join(" · ");
-    find(".bar").hidden = !told;
+    find(".foot span").textContent = `prior ${percent(row.prior)} · score ${row.score.toFixed(2)}`;
+    find(".bar").hidden = find(".head .soft:not(.id)").hidden = !told;
     find(".bar").style.setProperty("--share", row.posterior ?? 0);
     find(".bar").style.setProperty("--prior", row.prior);
     find(".title").onclick = find(".show").onclick = () => this.open(row, false);
@@ -113,4 +136,5 @@ export class Arm {
   }
 }
 
+const copy = (id) => document.getElementById(id).content.cloneNode(true).firstElementChild;
 const percent = (share) => `${(100 * share).toFixed(1)} %`;

@@ -33,7 +33,8 @@ from lines import Lines
 from rag2.index.flat import Flat
 from rag2.index.generation import Generation
 from rag2.kb.store import KnowledgeBase
-from rag2.live.live import Live, Snapshot
+from rag2.live.live import Live
+from rag2.live.snapshot import Snapshot
 from rag2.live.view import Part
 from rag2.registry import UserError
 from rag2.types import Document

@@ -9,24 +9,19 @@ import pytest
 
 from rag2.answering.ask import Ask
 from rag2.answering.rag import Rag
-from rag2.answering.settings import Reading, Settings
+from rag2.answering.settings import Reading
 from rag2.answering.text import Text
 from rag2.evaluation import score
 from rag2.evaluation.arms import Found, Reader, evaluate
 from rag2.evaluation.questions import load_questions
-from rag2.generator.load import Generator
 from rag2.generator.mixture import forced
 from rag2.generator.pairs import encode_pairs
 from rag2.generator.prompt import Prompt
-from rag2.index.flat import Flat
-from rag2.kb.chunk import TokenChunker
 from rag2.kb.store import KnowledgeBase
-from rag2.live.live import Live
-from rag2.live.view import Embedder
 from rag2.registry import UserError
 from rag2.retrieval import Dense
-from rag2.retriever.encoder import DualEncoder
 from rag2.types import Document, Question
+from small_systems import small_system
 
 READINGS: list[Reading] = ["marginal", "token", "concat"]
 
@@ -34,17 +29,8 @@ READINGS: list[Reading] = ["marginal", "token", "concat"]
 @pytest.fixture
 def system(home: Path, tmp_path: Path, seed: int) -> Iterator[Rag]:
     """Random models over the small world's documents."""
-    path = tmp_path / "kb.sqlite"
-    with KnowledgeBase(home / "data" / "kb.sqlite") as kb:
-        kb.copy(path)
-        chunker = kb.chunker(home / "data" / "tokenizer")
-    encoder = DualEncoder.load(home / "retriever").eval()
-    settings = Settings(k=3, max_new_tokens=12, prompt=Prompt(budget=300))
-    with Live(path, Embedder.of(encoder), Flat(device="cpu")) as live:
-        live.refresh()
-        yield Rag(
-            encoder, Generator.load(home / "generator"), live, chunker or TokenChunker(), settings
-        )
+    with small_system(home, tmp_path) as rag:
+        yield rag
 
 
 @pytest.fixture

@@ -7,7 +7,8 @@ transformers, FAISS, Arrow and SQLite come after it, the last for a look at its 
 
 import re
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -53,11 +54,24 @@ def check(directory: Path) -> None:
     check_names(directory, files)
     artifact.verify(directory / "index", kind=GENERATION)
     for name, path in sorted(files.items()):
-        try:
+        with _blaming(directory, name):
             _check_file(name, path)
-        except ValueError as error:
-            raise artifact.ArtifactError(f"{directory}: file {name!r} {_worded(error)}") from None
-    _check_sentence(directory / "retriever", files)
+    with _blaming(directory, f"retriever/{FILE}"):
+        _check_sentence(directory / "retriever", files)
+
+
+@contextmanager
+def _blaming(directory: Path, name: str) -> Iterator[None]:
+    """Whatever is wrong with a file, in one line that names it.
+
+    A value of the wrong type may fail anywhere: what was not looked at to its end is refused.
+    """
+    try:
+        yield
+    except artifact.ArtifactError:
+        raise
+    except Exception as error:
+        raise artifact.ArtifactError(f"{directory}: file {name!r} {_worded(error)}") from None
 
 
 def check_names(directory: Path, names: Iterable[str]) -> None:
@@ -101,7 +115,9 @@ def _check_json(name: str, path: Path) -> None:
     limit = reading.TOKENIZER_LIMIT if path.name == "tokenizer.json" else reading.JSON_LIMIT
     found = reading.read_json(path, limit)
     checks: dict[str, Callable[[Any], object]] = {
-        "config.json": lambda value: schemas.model(value, name.startswith("generator/")),
+        "config.json": lambda value: schemas.model(
+            value, name.startswith("generator/"), _tensors(path.parent)
+        ),
         "tokenizer.json": schemas.tokenizer,
         "tokenizer_config.json": schemas.tokenizer_config,
         "generation_config.json": schemas.generation,
@@ -114,6 +130,16 @@ def _check_json(name: str, path: Path) -> None:
     }
     if path.name in checks and path.parent.name not in (sentence.POOLING, sentence.NORMALIZE):
         checks[path.name](found)
+
+
+def _tensors(folder: Path) -> list[int]:
+    """The numbers in each tensor of a model's weights."""
+    return [
+        n
+        for path in sorted(folder.glob("model*"))
+        if path.suffix == ".safetensors"
+        for n in reading.check_safetensors(path)
+    ]
 
 
 def encoder(found: Any) -> EncoderConfig:
@@ -182,8 +208,10 @@ def _check_sentence(folder: Path, names: Iterable[str]) -> None:
         raise artifact.ArtifactError(f"{folder.parent} is no whole export: no {inside + name!r}")
 
 
-def _worded(error: ValueError) -> str:
+def _worded(error: Exception) -> str:
     """The first complaint, in one line."""
+    if not isinstance(error, ValueError):
+        return f"is malformed ({type(error).__name__}: {' '.join(str(error).split())[:100]})"
     if isinstance(error, ValidationError):
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))

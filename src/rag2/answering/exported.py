@@ -4,6 +4,8 @@ Nothing is parsed before every byte was compared with the manifest and every fil
 (`contents.check`). What that promises, and what it does not, is in docs/export.md.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -83,46 +85,61 @@ class Exported:
         return folder if folder.is_dir() else None
 
     def generator(self, dtype: str = "float32", device: str | torch.device = "cpu") -> Generator:
-        """The generator in evaluation mode; raises as `Generator.load` does."""
-        return Generator.load(self.directory / "generator", dtype, device)
+        """The generator in evaluation mode; UserError when it cannot be loaded."""
+        with self._reading("generator"):
+            return Generator.load(self.directory / "generator", dtype, device)
 
     def retriever(self) -> DualEncoder:
         """The retriever on the CPU, in evaluation mode.
 
-        Raises UserError when it is not the one that made the index.
+        Raises UserError when it cannot be loaded, or is not the one that made the index.
         """
-        encoder = DualEncoder.load(self.directory / "retriever").eval()
-        made_by = artifact.verify(self.directory / "index", only=artifact.MANIFEST)["meta"]
-        for what, expected in (
-            ("the manifest names", self.meta["encoder"]),
-            ("made the index", made_by["encoder_fingerprint"]),
-        ):
-            if encoder.fingerprint() != expected:
-                raise UserError(
-                    f"{self.directory}: retriever/ is encoder {encoder.fingerprint()[:12]}, but "
-                    f"{expected[:12]} is the one that {what}"
-                )
-        return encoder
+        with self._reading("retriever"):
+            encoder = DualEncoder.load(self.directory / "retriever").eval()
+            index = reading.read_json(self.directory / "index" / artifact.MANIFEST)["meta"]
+            found = encoder.fingerprint()
+            for what, expected in (
+                ("manifest.json names", self.meta["encoder"]),
+                ("made the index", index["encoder_fingerprint"]),
+            ):
+                if found != expected:
+                    raise UserError(
+                        f"{self.directory}: retriever/ is encoder {found[:12]}, but the one that "
+                        f"{what} is {str(expected)[:12]}"
+                    )
+            return encoder
 
     def generation(self) -> Generation:
         """The index with its chunks.
 
-        Raises UserError when it is of another encoder or when its chunks are not those that are
-        live in kb.sqlite.
+        Raises UserError when it cannot be loaded, is of another encoder, or has other chunks than
+        those that are live in kb.sqlite.
         """
-        folder = self.directory / "index"
-        with pa.memory_map(str(folder / generations.FILE)) as source:
-            schema = pa.ipc.open_file(source).schema  # no type of its own, nor metadata
-        if not schema.equals(generations.SCHEMA, check_metadata=True):
-            raise UserError(f"{folder / generations.FILE} has other columns than chunks have")
-        generations.table_in(folder).validate(full=True)
-        generation = Generation.load(folder, self.meta["encoder"])
-        with KnowledgeBase(self.kb) as kb, kb.reading():
-            held = (kb.version, kb.content_hash())
-            chunks = generations.table_of(kb.chunks())
-        told = (self.meta["kb_version"], self.meta["kb_hash"])
-        if not held == told == (generation.kb_version, generation.kb_hash):
-            raise UserError(f"{self.directory}: kb.sqlite, index/ and manifest differ in version")
-        if not generation.chunks.equals(chunks):
-            raise UserError(f"{self.directory}: index/ has other chunks than kb.sqlite")
-        return generation
+        with self._reading("index"):
+            folder = self.directory / "index"
+            with pa.memory_map(str(folder / generations.FILE)) as source:
+                schema = pa.ipc.open_file(source).schema  # no type of its own, nor metadata
+            if not schema.equals(generations.SCHEMA, check_metadata=True):
+                raise UserError(f"{folder / generations.FILE} has other columns than chunks have")
+            generations.table_in(folder).validate(full=True)  # offsets of text that lead outside
+            generation = Generation.load(folder, self.meta["encoder"])
+            with KnowledgeBase(self.kb) as kb, kb.reading():
+                held = (kb.version, kb.content_hash())
+                chunks = generations.table_of(kb.chunks())
+            told = (self.meta["kb_version"], self.meta["kb_hash"])
+            if not held == told == (generation.kb_version, generation.kb_hash):
+                raise UserError(f"{self.directory}: kb.sqlite and index/ are of different versions")
+            if not generation.chunks.equals(chunks):
+                raise UserError(f"{self.directory}: index/ has other chunks than kb.sqlite")
+            return generation
+
+    @contextmanager
+    def _reading(self, part: str) -> Iterator[None]:
+        """Whatever a library says of a file that is not what it should be, in one line."""
+        try:
+            yield
+        except UserError:
+            raise
+        except Exception as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            raise UserError(f"{self.directory}: {part}/ cannot be loaded: {reason}") from error

@@ -54,8 +54,11 @@ def read_text(path: Path, limit: int = TEXT_LIMIT) -> str:
         raise ValueError("is not text in UTF-8") from None
 
 
-def check_safetensors(path: Path) -> None:
-    """Refuse what is not safetensors to the last byte: tensors side by side, and nothing else."""
+def check_safetensors(path: Path) -> list[int]:
+    """How many numbers each tensor of a file holds.
+
+    Refuses what is not safetensors to the last byte: tensors side by side, and nothing else.
+    """
     size = path.stat().st_size
     with path.open("rb") as file:
         head = file.read(8)
@@ -80,6 +83,7 @@ def check_safetensors(path: Path) -> None:
         end = stop
     if end != size - 8 - length:
         raise ValueError("is not safetensors: there is something behind its tensors")
+    return [math.prod(entry["shape"]) for entry in header.values()]
 
 
 def check_plain(value: Any, where: str) -> None:

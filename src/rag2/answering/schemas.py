@@ -19,6 +19,7 @@ from rag2.registry import UserError, lookup
 BASE = "base"  # the folder inside the one of an adapter
 COMMON = {"model_type", "architectures", "transformers_version", "dtype"}
 LABELS = {"id2label", "label2id", "problem_type"}
+SIZES = ("hidden_size", "vocab_size", "intermediate_size", "embedding_size", "n_embd", "n_inner")
 TOKENS = ("bos", "eos", "pad", "unk", "cls", "sep", "mask")
 TOKENIZER_KEYS = {f"{name}_token" for name in TOKENS} | {
     "tokenizer_class",
@@ -80,8 +81,11 @@ def _kinds(generator: bool) -> frozenset[str]:
     return frozenset(getattr(modeling_auto, names))
 
 
-def model(found: Any, generator: bool) -> None:
-    """config.json: the fields that transformers' own class of that model has."""
+def model(found: Any, generator: bool, tensors: list[int]) -> None:
+    """config.json: the fields that transformers' own class of that model has.
+
+    `tensors` are the sizes of the weights: a network that is larger than they are is not built.
+    """
     if not isinstance(found, dict):
         raise ValueError("is not an object")
     for key in found:
@@ -89,6 +93,10 @@ def model(found: Any, generator: bool) -> None:
     reading.closed(found, model_keys(found.get("model_type"), generator))
     for key, value in found.items():
         reading.check_plain(value, key)
+        if type(value) is int and "layer" in key and value > len(tensors):
+            raise ValueError(f"{key} is {value}, but the weights are of {len(tensors)} tensors")
+        if type(value) is int and key.endswith(SIZES) and value > max(tensors, default=0):
+            raise ValueError(f"{key} is {value}, more than the largest of the weights' tensors")
     if found.get("dtype", "float32") not in DTYPES:
         raise ValueError(f"dtype is {str(found['dtype'])[:60]!r}; allowed: {', '.join(DTYPES)}")
 

@@ -1,10 +1,6 @@
 """The page of `rag2 serve` in a real headless browser, over a system that answers what it reads."""
 
 import json
-import os
-import re
-import subprocess
-import sys
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,14 +8,23 @@ from pathlib import Path
 import pytest
 
 import reading
-from asking import answered, ask, assert_contrast, delta, put, stubbed, texts, visit, write
+from asking import (
+    answered,
+    ask,
+    assert_contrast,
+    commanded,
+    delta,
+    put,
+    stubbed,
+    texts,
+    visit,
+    write,
+)
 from browser import Page, browse
-from demos import ROOT, SOURCES
 from rag2.answering.rag import Rag
 from small_systems import TOKEN, served
 
 HOSTILE = '<script>window.broken = 1</script><img src=x onerror="window.broken = 1">&amp;'
-ADDRESS = re.compile(r"http://127\.0\.0\.1:\d+/#token=\S+")
 
 
 @pytest.fixture(scope="module")
@@ -139,8 +144,14 @@ def test_what_was_typed_outlives_the_drawer_and_a_document_is_made_found_and_del
     assert page.look("document.querySelector('[name=text]').value") == reading.text(
         "golden", "wool"
     )
+    write(page, "[name=id]", "almby")
+    page.click(".save")
+    page.wait("document.querySelector('dialog .error').textContent.includes('almby already')")
+    write(page, "[name=id]", "kvarn")
     page.click(".save")
     page.wait("document.querySelector('.notice').textContent.startsWith('Saved')")
+    assert ["404" in line for line in page.complaints] == [True]  # is there such a document?
+    page.complaints.clear()
     page.click("dialog .close")
     assert ask(page, reading.question("Kvarn")) == "golden wool"
     page.click("#documents")
@@ -256,18 +267,22 @@ def test_a_change_wants_the_token_and_says_so(tab: Page, server: str):
     assert "another" not in tab.look("location.href")
 
 
+HALF, ENDED = delta(content="half an"), "The connection ended before the answer did."
+
+
 @pytest.mark.parametrize(
-    ("pieces", "status", "line"),
+    ("pieces", "status", "end", "line"),
     [
-        (['{"error": {"message": "too many"}}'], 429, "The server is busy. Ask again in 7 s."),
-        ([delta(content="half an")], 200, "The connection ended before the answer did."),
-        ([delta(content="half an"), '{"error": {"message": "It died."}}'], 200, "It died."),
+        (['{"error": {"message": "x"}}'], 429, "close", "The server is busy. Ask again in 7 s."),
+        ([HALF], 200, "close", ENDED),
+        ([HALF], 200, "break", ENDED),
+        ([HALF, '{"error": {"message": "It died."}}'], 200, "close", "It died."),
     ],
 )
 def test_errors_are_a_readable_line_and_keep_what_was_said(
-    page: Page, pieces: list[str], status: int, line: str
+    page: Page, pieces: list[str], status: int, end: str, line: str
 ):
-    stubbed(page, pieces, status)
+    stubbed(page, pieces, status, end)
     write(page, "#question", "anything")
     page.press("Enter")
     page.wait("document.querySelector('.arm .error').textContent !== ''")
@@ -281,7 +296,7 @@ def test_errors_are_a_readable_line_and_keep_what_was_said(
 
 @pytest.mark.parametrize("way", ["Escape", "button", "another question"])
 def test_an_answer_is_stopped_and_what_it_said_stays(page: Page, way: str):
-    stubbed(page, [delta(content="once upon"), delta(content=" a time")], open=True)
+    stubbed(page, [delta(content="once upon"), delta(content=" a time")], end="wait")
     write(page, "#question", "Tell me a story")
     page.press("Enter")
     page.wait("document.querySelector('.answer').textContent === 'once upon a time'")
@@ -310,7 +325,7 @@ def test_nothing_moves_while_an_answer_comes(page: Page):
         ".map(s => document.querySelector(s).getBoundingClientRect().top)"
     )
     before = page.look(places)
-    stubbed(page, [delta(content="once")], open=True)
+    stubbed(page, [delta(content="once")], end="wait")
     page.press("Enter")
     page.wait("document.querySelector('.answer').textContent === 'once'")
     assert page.look(places) == before
@@ -335,7 +350,7 @@ def test_the_page_fits_the_screen_and_its_letters_stand_out(page: Page, width: i
 
 
 def test_who_wants_no_motion_gets_none(page: Page):
-    stubbed(page, [], open=True)
+    stubbed(page, [], end="wait")
     write(page, "#question", "slowly")
     page.press("Enter")
     caret = "getComputedStyle(document.querySelector('.answer'), '::after').animationName"
@@ -346,37 +361,49 @@ def test_who_wants_no_motion_gets_none(page: Page):
     page.press("Escape")
 
 
+def test_a_namespace_is_asked_and_changed_alone(tab: Page, server: str):
+    body = {"id": "almby", "title": "Almby", "text": reading.text("golden", "salt")}
+    put(server, namespace="acme", **body)
+    visit(tab, f"{server}/#token={TOKEN}")
+    assert ask(tab, reading.question("Almby")) == "amber barrels"
+    tab.look("document.querySelector('#namespace select').value = 'acme'")
+    assert ask(tab, reading.question("Almby")) == "golden salt"
+    assert texts(tab, ".card .id") == ["almby"]
+    tab.click(".card .edit")
+    tab.wait("document.activeElement.name === 'text'")
+    assert tab.look("document.activeElement.value") == reading.text("golden", "salt")
+    tab.click(".cancel")
+    for _ in range(2):
+        tab.click(".delete")
+    tab.wait("document.querySelector('.notice').textContent.startsWith('Deleted')")
+    assert texts(tab, "dialog li") == []
+    tab.look("document.querySelector('#namespace select').value = ''")
+    tab.press("Escape")
+    assert ask(tab, reading.question("Almby")) == "amber barrels"
+
+
+def test_a_server_that_is_starting_is_waited_for(tab: Page, server: str):
+    once = (
+        "const real = fetch; window.fetch = async () => (window.fetch = real, new Response("
+        '\'{"error": {"message": "starting"}}\', {status: 503}))'
+    )
+    added = tab.call("Page.addScriptToEvaluateOnNewDocument", source=once)
+    tab.visit(server)
+    tab.wait("document.querySelector('#failure').textContent.includes('not ready. starting')")
+    tab.wait("document.querySelector('.arm') !== null")
+    assert tab.look("document.querySelector('#failure').textContent") == ""
+    tab.call("Page.removeScriptToEvaluateOnNewDocument", identifier=added["identifier"])
+
+
 @pytest.mark.slow
 def test_the_command_prints_an_address_that_opens_the_page_with_its_token(tab: Page, export: Path):
-    command = [sys.executable, "-m", "rag2", "serve", str(export), "--port", "0"]
-    environment = os.environ | {"PYTHONPATH": SOURCES}
-    with subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stdout
-        try:
-            found = next(filter(None, map(ADDRESS.search, process.stdout)))
-            visit(tab, found[0])
-            assert ask(tab, reading.question("Almby")) == "amber barrels"
-            tab.click(".card .edit")
-            tab.wait("document.activeElement.name === 'text'")
-            write(tab, "[name=text]", reading.text("purple", "salt"))
-            tab.click(".save")
-            tab.wait("document.querySelector('.notice').textContent.startsWith('Saved')")
-            tab.click(".again")
-            tab.wait("document.querySelector('.answer').textContent.startsWith('purple salt')")
-        finally:
-            process.terminate()
-    assert process.returncode == 0
-
-
-def test_the_page_is_small_and_asks_for_its_own_files_only():
-    folder = Path(ROOT) / "src" / "rag2" / "serve" / "page"
-    files = {path.name: path.read_text("utf-8") for path in folder.iterdir()}
-    assert sum(len(text.splitlines()) for text in files.values()) < 800
-    for name, text in files.items():
-        assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(", text)
-        assert not re.search(r"https?://(?!www\.w3\.org/2000/svg)", text), name
-    assert "style=" not in files["index.html"] and " on" not in re.sub(
-        r">[^<]*<", "", files["index.html"]
-    )
+    with commanded(export) as address:
+        visit(tab, address)
+        assert ask(tab, reading.question("Almby")) == "amber barrels"
+        tab.click(".card .edit")
+        tab.wait("document.activeElement.name === 'text'")
+        write(tab, "[name=text]", reading.text("purple", "salt"))
+        tab.click(".save")
+        tab.wait("document.querySelector('.notice').textContent.startsWith('Saved')")
+        tab.click(".again")
+        tab.wait("document.querySelector('.answer').textContent.startsWith('purple salt')")

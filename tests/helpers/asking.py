@@ -1,11 +1,37 @@
 """What a person does with the page of a server, and what there is to see."""
 
 import json
+import os
+import re
+import subprocess
+import sys
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from browser import Page
+from demos import ROOT, SOURCES
 from small_systems import TOKEN
+
+ADDRESS = re.compile(r"http://127\.0\.0\.1:\d+/#token=\S+")
+
+
+@contextmanager
+def commanded(export: Path) -> Iterator[str]:
+    """The address that `rag2 serve` prints in a process of its own, which then ends well."""
+    command = [sys.executable, "-m", "rag2", "serve", str(export), "--port", "0"]
+    environment = os.environ | {"PYTHONPATH": SOURCES}
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout
+        try:
+            yield next(filter(None, map(ADDRESS.search, process.stdout)))[0]
+        finally:
+            process.terminate()
+    assert process.returncode == 0
 
 
 def visit(tab: Page, address: str) -> None:
@@ -43,19 +69,20 @@ def answered(page: Page) -> str:
     return page.look("document.querySelector('.answer').firstChild.textContent")
 
 
-def put(server: str, **document: Any) -> None:
+def put(server: str, namespace: str = "", **document: Any) -> None:
     """A document by the API."""
-    body = json.dumps({"documents": [document]}).encode()
+    body = json.dumps({"documents": [document], "namespace": namespace}).encode()
     headers = {"Authorization": f"Bearer {TOKEN}", "Content-Type": "application/json"}
     urllib.request.urlopen(
         urllib.request.Request(server + "/v1/documents", body, headers), timeout=9
     )
 
 
-def stubbed(page: Page, pieces: list[str], status: int = 200, open: bool = False) -> None:
-    """Let the next requests be answered with these events; `open`: and then with nothing more."""
+def stubbed(page: Page, pieces: list[str], status: int = 200, end: str = "close") -> None:
+    """Let requests be answered with these events, and then: `close`, `wait` on, or `break` off."""
     body = json.dumps("".join(f"data: {piece}\n\n" for piece in pieces))
-    end = "signal.onabort = () => it.error(signal.reason)" if open else "it.close()"
+    ends = {"wait": "signal.onabort = () => it.error(signal.reason)", "close": "it.close()"}
+    end = ends.get(end, "setTimeout(() => it.error(new TypeError('network error')))")
     page.look(
         f"window.fetch = async (path, {{signal}}) => new Response(new ReadableStream({{start(it) {{"
         f" it.enqueue(new TextEncoder().encode({body})); {end}; }}}}),"

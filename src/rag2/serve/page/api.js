@@ -20,7 +20,11 @@ export const token = {
 export function takeToken() {
   const found = location.hash.match(/^#token=(.+)/);
   if (!found) return;
-  token.set(decodeURIComponent(found[1]));
+  try {
+    token.set(decodeURIComponent(found[1]));
+  } catch {
+    token.set(found[1]); // a percent sign of its own
+  }
   history.replaceState(null, "", location.pathname + location.search);
 }
 
@@ -54,8 +58,8 @@ export function documents(id, query = {}) {
 export async function* events(response) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   for (let rest = ""; ; ) {
-    const { done, value } = await reader.read();
-    if (done) throw new Failure(0, "The connection ended before the answer did.");
+    const { done, value } = await reader.read().catch(lost);
+    if (done) lost(new TypeError());
     const lines = (rest + value).split(/\r?\n/);
     rest = lines.pop();
     for (const line of lines.filter((line) => line.startsWith("data:"))) {
@@ -66,6 +70,11 @@ export async function* events(response) {
       yield event;
     }
   }
+}
+
+function lost(error) {
+  if (error.name === "AbortError") throw error;
+  throw new Failure(0, "The connection ended before the answer did.");
 }
 
 async function failure(response) {

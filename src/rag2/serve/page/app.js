@@ -9,6 +9,7 @@ const question = at("question");
 const go = at("go");
 const spaces = document.querySelector("#namespace select");
 const namespace = () => spaces.value;
+const within = () => (spaces.length > 1 ? [spaces.value] : undefined);
 const arms = [];
 let model;
 let running = null;
@@ -23,7 +24,7 @@ async function start() {
   } catch (error) {
     if (!(error instanceof Failure)) throw error;
     at("failure").textContent = error.message;
-    if (error.status === 503) setTimeout(start, 1000);
+    if ([0, 503].includes(error.status)) setTimeout(start, 1000);
     return;
   }
   const facts = model.rag2;
@@ -33,7 +34,7 @@ async function start() {
   document.title = `${model.id} · RAG 2.0`;
   at("lead").textContent = `Ask ${model.id}`;
   place(facts);
-  const drawer = new Drawer(at("drawer"), namespace, place, ask);
+  const drawer = new Drawer(at("drawer"), { namespace, within, changed: place, again: ask });
   const open = (citation, edit) => drawer.open(citation, edit);
   arms.push(new Arm("A", facts, facts.k, open), new Arm("B", facts, 0, open));
   at("arms").append(...arms.map((arm) => arm.root), ...arms.map((arm) => arm.sources));
@@ -62,8 +63,8 @@ async function ask() {
   const mine = (running = new AbortController());
   go.textContent = "Stop";
   const asked = comparing() ? arms : arms.slice(0, 1);
-  const within = namespace() ? [namespace()] : undefined;
-  const results = await Promise.all(asked.map((arm) => arm.ask(text, model.id, within, mine.signal)));
+  const { signal } = mine;
+  const results = await Promise.all(asked.map((arm) => arm.ask(text, model.id, within(), signal)));
   remember(text, results);
   if (running !== mine) return;
   running = null;

@@ -41,6 +41,7 @@ export class Arm {
   async ask(question, model, namespaces, signal) {
     const rag2 = { k: Number(this.k.value), reading: this.reading.value, namespaces };
     const result = { k: rag2.k, reading: rag2.reading, text: "", citations: [], cited: 0, note: "", error: "" };
+    this.signal = signal;
     const said = this.start();
     try {
       const messages = [{ role: "user", content: question }];
@@ -48,7 +49,8 @@ export class Arm {
       const response = await request("POST", "/v1/chat/completions", body, signal);
       for await (const event of events(response)) {
         const { delta, finish_reason: finish } = event.choices[0] ?? {};
-        if (delta?.content) said.append((result.text += delta.content, delta.content));
+        if (delta?.content && this.signal === signal) said.append(delta.content);
+        result.text += delta?.content ?? "";
         if (delta?.citations) result.citations = delta.citations;
         if (delta?.annotations) result.cited = delta.annotations.length;
         if (event.rag2) result.facts = event.rag2;
@@ -59,7 +61,7 @@ export class Arm {
       else if (error instanceof Failure) result.error = error.message;
       else throw error;
     }
-    this.show(result);
+    if (this.signal === signal) this.show(result); // else something newer is shown
     return result;
   }
 
@@ -75,7 +77,9 @@ export class Arm {
     for (const part of [this.root, this.sources]) part.setAttribute("aria-busy", on);
   }
 
+  /** Show a result, the newest or one of before. */
   show(result) {
+    this.signal = null;
     this.settle(result.k, result.reading);
     this.busy(false);
     const { facts, citations, k } = result;

@@ -4,8 +4,8 @@ import { documents, Failure, json, token } from "/page/api.js";
 
 export class Drawer {
   /** `changed(rag2)` hears of every change; `again()` asks the last question once more. */
-  constructor(dialog, namespace, changed, again) {
-    Object.assign(this, { dialog, namespace, changed, drafts: new Map() });
+  constructor(dialog, { namespace, within, changed, again }) {
+    Object.assign(this, { dialog, namespace, within, changed, drafts: new Map() });
     this.find = (selector) => dialog.querySelector(selector);
     this.form = this.find(".editor");
     this.fields = this.form.elements;
@@ -31,12 +31,15 @@ export class Drawer {
     this.attempt(() => (citation ? this.load(citation.document, citation, edit) : this.list()));
   }
 
-  /** Do it, and say in the drawer why it failed. */
+  /** Do it, and say in the drawer why it failed; what was still being read is given up. */
   async attempt(act) {
+    this.reading?.abort();
+    this.reading = new AbortController();
     this.find(".notice").textContent = this.find(".error").textContent = "";
     try {
       await act();
     } catch (error) {
+      if (error.name === "AbortError") return;
       if (!(error instanceof Failure)) throw error;
       this.find(".error").textContent = error.message;
       if (error.status === 401) this.wantToken();
@@ -59,15 +62,15 @@ export class Drawer {
     this.turn(".list", "Documents");
     this.find(".more").hidden = true;
     if (!query) return this.more();
-    const namespaces = this.namespace() ? [this.namespace()] : undefined;
-    const found = await json("POST", "/v1/retrieve", { query, k: 12, namespaces });
+    const body = { query, k: 12, namespaces: this.within() };
+    const found = await json("POST", "/v1/retrieve", body, this.reading.signal);
     for (const row of found.results) this.entry(row.document, row.title, row.text, row);
     this.find(".notice").textContent = found.results.length ? "" : "Nothing was found.";
   }
 
   async more() {
     const after = this.find("ul").lastElementChild?.dataset.id;
-    const page = await json("GET", documents("", { after, limit: 50, namespace: this.namespace() }));
+    const page = await this.get("", { after, limit: 50 });
     for (const row of page.data) this.entry(row.id, row.title, `${row.characters} characters`);
     this.find(".more").hidden = !page.has_more;
   }
@@ -86,10 +89,15 @@ export class Drawer {
     this.find("ul").append(item);
   }
 
+  get(id, query) {
+    const path = documents(id, { ...query, namespace: this.namespace() });
+    return json("GET", path, undefined, this.reading.signal);
+  }
+
   async load(id, citation, edit = false) {
     this.turn("article", id);
     this.find(".text").textContent = "";
-    const found = await json("GET", documents(id, { namespace: this.namespace() }));
+    const found = await this.get(id);
     if (edit) this.edit(found);
     else this.show(found, citation);
   }
@@ -138,12 +146,26 @@ export class Drawer {
 
   async save() {
     const document = { ...this.typed(), metadata: this.document.metadata };
+    const { signal } = this.reading;
+    if (!this.document.id && (await this.exists(document.id))) {
+      throw new Failure(0, `There is a document ${document.id} already. Open it to change it.`);
+    }
     const body = { documents: [document], namespace: this.namespace() };
     const { rag2, chunks, unchanged } = await json("POST", "/v1/documents", body);
     this.drafts.delete(this.document.id);
     this.changed(rag2);
+    if (signal.aborted) return; // the drawer shows something else by now
     await this.load(document.id);
     this.say(unchanged ? "Nothing was different." : `Saved as version ${rag2.version}: ${chunks} passages.`);
+  }
+
+  async exists(id) {
+    try {
+      return Boolean(await this.get(id));
+    } catch (error) {
+      if (error.status === 404) return false;
+      throw error;
+    }
   }
 
   /** Tell what was done, and offer to ask again. */

@@ -488,6 +488,6 @@ def test_long_documents_are_committed_after_so_many_characters():
         [len(document.text) for document in batch]
         for batch in _batches(Document(str(n), text) for n, text in enumerate(texts))
     ]
-    assert sum(batches, []) == [*map(len, texts)]
+    assert sum(batches, []) == [*map(len, texts)] and len(batches) == 3
     for batch in batches[:-1]:
         assert 2**22 <= sum(batch) + 3 * len(batch) < 2**22 + 2**19

@@ -18,8 +18,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import small_runs
 from exports import by_hand, exported, parts
 from rag2 import artifact
+from rag2.answering import reading, schemas
 from rag2.answering.exported import Exported
-from rag2.export import foreign
+from rag2.export import folders, foreign
 from rag2.export.source import of_run
 from rag2.export.write import write
 from rag2.generator.load import Generator
@@ -30,6 +31,7 @@ from rag2.retrieval import Dense
 from rag2.retriever.embed import embed_corpus
 from rag2.retriever.encoder import DualEncoder, EncoderConfig
 from rag2.types import Document
+from small_models import CONFIGS, SPECIAL, build, small_tokenizer
 from small_world import SHAPE
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of sentence-transformers about itself
@@ -92,6 +94,19 @@ def test_the_generator_is_a_plain_folder_for_transformers(tmp_path: Path, home: 
     assert tokenizer.encode("Karin lives near the old mill.") == ids
     assert torch.equal(by_hand(plain, ids), by_hand(trained.model, ids))
     assert Exported.open(tmp_path / "export").generator().fingerprint() == trained.fingerprint()
+
+
+@pytest.mark.parametrize("family", [*CONFIGS, *SPECIAL])
+def test_a_family_of_models_loses_nothing_by_the_closed_config(
+    tmp_path: Path, seed: int, family: str
+):
+    model = build(family, tmp_path, small_tokenizer())
+    folders.write_generator(tmp_path / family, tmp_path / "export", "merge")
+    config = reading.read_json(tmp_path / "export" / "config.json")
+    sizes = reading.check_safetensors(tmp_path / "export" / "model.safetensors")
+    schemas.model(config, True, sizes)
+    ids = list(range(3, 40))
+    assert torch.equal(by_hand(Generator.load(tmp_path / "export").model, ids), by_hand(model, ids))
 
 
 @pytest.mark.parametrize("method", ["lora", "dora", "ia3", "houlsby", *PROMPTS])

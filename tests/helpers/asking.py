@@ -41,6 +41,17 @@ def visit(tab: Page, address: str) -> None:
     tab.wait("document.querySelector('.arm') !== null")
 
 
+@contextmanager
+def watched(tab: Page, server: str) -> Iterator[Page]:
+    """The page with the token; by the end it has asked nobody else, and nothing has broken."""
+    visit(tab, f"{server}/#token={TOKEN}")
+    tab.requests.clear()
+    tab.complaints.clear()
+    yield tab
+    assert tab.look("window.broken") is None and tab.complaints == []
+    assert all(address.startswith(server) for address in tab.requests)
+
+
 def texts(page: Page, selector: str) -> list[str]:
     """What is to be read in each of these elements."""
     return page.look(

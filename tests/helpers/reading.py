@@ -2,6 +2,7 @@
 
 import random
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,7 +20,7 @@ TOWNS = ("Almby", "Borvik", "Dalsund", "Ekholm", "Farstad", "Granlo", "Hamre", "
 COLOURS = ("amber", "azure", "crimson", "golden", "indigo", "purple", "scarlet", "silver")
 GOODS = ("barrels", "candles", "glass", "herring", "lamps", "ribbons", "salt", "wool")
 NOBODY = "nobody knows"
-SHAPE = {"hidden": 64, "layers": 2, "heads": 2, "intermediate": 128}
+SHAPE: dict[str, Any] = {"hidden": 64, "layers": 2, "heads": 2, "intermediate": 128}
 
 
 def text(colour: str, goods: str) -> str:

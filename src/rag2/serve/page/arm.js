@@ -3,8 +3,8 @@
 import { events, Failure, request } from "/page/api.js";
 
 const READINGS = {
-  marginal: "each passage read alone, whole answers weighed",
-  token: "each passage read alone, weighed at every token",
+  marginal: "each passage alone, answers weighed",
+  token: "each passage alone, tokens weighed",
   concat: "all passages in one prompt",
 };
 
@@ -92,7 +92,7 @@ export class Arm {
       facts && (k ? `${citations.length} passages` : "closed book"),
       facts?.dropped && `${facts.dropped} had no room`,
       facts && `${Math.round(facts.seconds.total * 1000)} ms`,
-      facts && `generation ${facts.generation}, version ${facts.version}`,
+      facts && `version ${facts.version}`,
     ].filter(Boolean).join(" · ");
     const exponentials = citations.map((c) => Math.exp((c.score - citations[0].score) / this.temperature));
     const all = exponentials.reduce((sum, value) => sum + value, 0);

@@ -17,6 +17,7 @@ from rag2.answering.exported import Exported
 from rag2.answering.lexicon import Lexicon
 from rag2.answering.library import Library, Parts, check_choices, names_of, parts_of
 from rag2.answering.plan import Plan
+from rag2.answering.rag import Rag
 from rag2.answering.scoring import Hits, from_table
 from rag2.answering.settings import Reading
 from rag2.answering.thorough import best, scored
@@ -231,3 +232,6 @@ class Remote(Library):
 
 def _or_nan(logp: float | None) -> float:
     return math.nan if logp is None else logp
+
+
+System = Rag | Remote

@@ -7,7 +7,7 @@ local-completions asks for them, too.
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -146,13 +146,14 @@ class Upstream:
         """
         body = {"model": self.model, "prompt": prompt, "stream": True} | wanted.body()
         async with self._asked("POST", "/completions", body) as response:
-            async for data in events(response, self.url):
-                event = parsed(Completion, data, self.url)
-                if event.error is not None:
-                    raise Unavailable(f"{self.url} failed: {_line(event.error)}")
-                for choice in event.choices:
-                    if not tell(choice) or choice.finish_reason is not None:
-                        return
+            async with aclosing(events(response, self.url)) as stream:
+                async for data in stream:
+                    event = parsed(Completion, data, self.url)
+                    if event.error is not None:
+                        raise Unavailable(f"{self.url} failed: {_line(event.error)}")
+                    for choice in event.choices:
+                        if not tell(choice) or choice.finish_reason is not None:
+                            return
         raise Unavailable(f"{self.url} broke off in the middle of an answer")
 
     async def logps(

@@ -3,7 +3,8 @@
 The format is OpenAI's POST /completions, as vLLM speaks it. Nothing is read without a bound.
 """
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from typing import Any, TypeVar
 
 import httpx
@@ -96,32 +97,35 @@ def parsed(kind: type[T], body: bytes, where: str) -> T:
 async def body_of(response: httpx.Response, where: str) -> bytes:
     """All of it. Raises Unavailable for one that is too large or packed."""
     body = bytearray()
-    async for piece in raw(response, where):
-        body += piece
-        if len(body) > BODY:
-            raise Unavailable(f"{where} answers with more than {BODY >> 20} MiB")
+    async with aclosing(_raw(response, where)) as pieces:
+        async for piece in pieces:
+            body += piece
+            if len(body) > BODY:
+                raise Unavailable(f"{where} answers with more than {BODY >> 20} MiB")
     return bytes(body)
 
 
-async def events(response: httpx.Response, where: str) -> AsyncIterator[bytes]:
+async def events(response: httpx.Response, where: str) -> AsyncGenerator[bytes, None]:
     """The data of server-sent events up to [DONE] or the end of the connection."""
     rest, size = b"", 0
-    async for piece in raw(response, where):
-        size += len(piece)
-        *lines, rest = (rest + piece).split(b"\n")
-        if len(rest) > LINE or size > BODY:
-            raise Unavailable(f"{where} streams more than {BODY >> 20} MiB, or lines without end")
-        for line in lines:
-            if line.startswith(b"data:"):
-                data = line.removeprefix(b"data:").strip()
-                if data == b"[DONE]":
-                    return
-                yield data
+    async with aclosing(_raw(response, where)) as pieces:
+        async for piece in pieces:
+            size += len(piece)
+            *lines, rest = (rest + piece).split(b"\n")
+            if len(rest) > LINE or size > BODY:
+                raise Unavailable(f"{where} streams lines without end, or too many")
+            for line in lines:
+                if line.startswith(b"data:"):
+                    data = line.removeprefix(b"data:").strip()
+                    if data == b"[DONE]":
+                        return
+                    yield data
 
 
-async def raw(response: httpx.Response, where: str) -> AsyncIterator[bytes]:
+async def _raw(response: httpx.Response, where: str) -> AsyncGenerator[bytes, None]:
     """Bytes as they come: what is packed small may be endless, and was not asked for."""
     if response.headers.get("content-encoding", "identity") != "identity":
         raise Unavailable(f"{where} answers packed, which it was asked not to")
-    async for piece in response.aiter_raw():
-        yield piece
+    async with aclosing(response.aiter_raw()) as pieces:  # pyright: ignore[reportArgumentType]
+        async for piece in pieces:
+            yield piece

@@ -160,7 +160,7 @@ class Rag:
         ask = Ask(question, k=k, reading=reading, namespaces=_names(namespaces))
         if not choices or not all(choice.strip() for choice in choices):
             raise UserError("choices: at least one, and none empty")
-        (hits,), view = self.searched([ask])
+        ((hits, view),) = self.searched([ask])
         with self.reading:
             logps, posterior = log_likelihoods(self.generator, self.settings, ask, hits, choices)
         shares = posterior or [None] * len(hits)
@@ -189,10 +189,10 @@ class Rag:
 
     # ----- parts of an answer --------------------------------------------------------------------
 
-    def searched(self, asks: Sequence[Ask]) -> tuple[list[Hits], View]:
-        """What each finds, all in one state; nothing where k = 0."""
-        view = self.live.view()
-        hits: list[Hits] = [[] for _ in asks]
+    def searched(self, asks: Sequence[Ask]) -> list[tuple[Hits, View]]:
+        """What each finds and in which state; nothing where k = 0."""
+        nothing: tuple[Hits, View] = ([], self.live.view())
+        results = [nothing for _ in asks]
         groups: dict[tuple[str, ...] | None, list[int]] = {}
         for number, ask in enumerate(asks):
             if ask.k != 0:
@@ -202,8 +202,8 @@ class Rag:
             most = needed(some, self.settings.k)
             found, view = self.search([ask.question for ask in some], most, namespaces)
             for number, ask, row in zip(numbers, some, found, strict=True):
-                hits[number] = row[: self.settings.k if ask.k is None else ask.k]
-        return hits, view
+                results[number] = (row[: self.settings.k if ask.k is None else ask.k], view)
+        return results
 
     def search(
         self, questions: Sequence[str], k: int, namespaces: Collection[str] | None
@@ -220,9 +220,10 @@ class Rag:
 
     def drafts(self, asks: Sequence[Ask]) -> list[Draft]:
         """Answers that have no token yet. Raises UserError for one that has no room."""
-        hits, view = self.searched(asks)
-        place, made_of = self.place(view), (self.settings, self.generator)
-        return [Draft(ask, row, place, *made_of) for ask, row in zip(asks, hits, strict=True)]
+        return [
+            Draft(ask, hits, self.place(view), self.settings, self.generator)
+            for ask, (hits, view) in zip(asks, self.searched(asks), strict=True)
+        ]
 
     def place(self, view: View) -> Place:
         """The name of a state."""
@@ -230,10 +231,23 @@ class Rag:
         return Place(self.export[:12], built, view.version)
 
 
-def step(mixtures: Mixtures, live: Sequence[Draft]) -> list[Draft]:
-    """One token more for each of these, which are those of the mixtures; those that go on."""
-    tokens = [draft.take(logp_V) for draft, logp_V in zip(live, mixtures.next(), strict=True)]
-    over = [bool(draft.finish) for draft in live]
+def step(
+    mixtures: Mixtures, live: Sequence[Draft], failed: dict[int, Exception] | None = None
+) -> list[Draft]:
+    """One token more for each of these, which are those of the mixtures; those that go on.
+
+    With `failed`, a draft that cannot take its token ends alone, its error kept there by its id().
+    """
+    tokens: list[int | None] = []
+    for draft, logp_V in zip(live, mixtures.next(), strict=True):
+        try:
+            tokens.append(draft.take(logp_V))
+        except Exception as error:
+            if failed is None:
+                raise
+            failed[id(draft)] = error
+            tokens.append(None)
+    over = [bool(draft.finish) or bool(failed and id(draft) in failed) for draft in live]
     mixtures.go_on(tokens, over)
     return [draft for draft, ends in zip(live, over, strict=True) if not ends]
 

@@ -43,6 +43,12 @@ def protocol(limits: Limits) -> type[H11Protocol]:
             if not self.transport.is_closing():
                 self._watch()
 
+        def shutdown(self) -> None:
+            try:
+                super().shutdown()
+            except h11.LocalProtocolError:  # it had failed already
+                self.transport.close()
+
         def pause_writing(self) -> None:
             super().pause_writing()
             self._writing = self.loop.call_later(limits.read_seconds, self.transport.abort)

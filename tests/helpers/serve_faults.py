@@ -6,22 +6,28 @@ from typing import Any
 
 
 def stock_errors() -> None:
-    """FastAPI as it comes: no guard, no handlers."""
+    """FastAPI's own handler of invalid bodies, and no guard before it."""
+    from fastapi.exception_handlers import request_validation_exception_handler
+    from fastapi.exceptions import RequestValidationError
+
     from rag2.serve import app
 
-    def bare(inner: Any, *_: Any) -> Any:
-        return inner
+    errors = app._errors
 
-    app.Guard = bare  # type: ignore[assignment, misc]
-    app._errors = lambda _: None
+    def stock(made: Any) -> None:
+        errors(made)
+        made.exception_handler(RequestValidationError)(request_validation_exception_handler)
+
+    app.Guard, app._errors = lambda inner, *_: inner, stock  # type: ignore[assignment, misc]
 
 
 def no_patience() -> None:
     """uvicorn's connections as they come: nothing is ever too slow."""
-    from rag2.serve import server
     from uvicorn.protocols.http.h11_impl import H11Protocol
 
-    server.protocol = lambda _: H11Protocol
+    from rag2.serve import server
+
+    server.protocol = lambda *_: H11Protocol
 
 
 def endless_queue() -> None:

@@ -96,8 +96,10 @@ class Guard:
 
 def check_json(body: bytes, depth: int, values: int) -> None:
     """Raise ApiError, 422, for what is no JSON that can be written again, or more than so much."""
-    if _marks(body) > values and _marks(STRING.sub(b"", body)) > values:
-        raise _bad(f"the body has more than {values} values")
+    if _marks(body) > values:
+        bare, strings = STRING.subn(b"", body, values + 2)  # no two strings without a mark
+        if strings > values + 1 or _marks(bare) > values:
+            raise _bad(f"the body has more than {values} values")
     try:
         text = body.decode("utf-8")
         value = json.loads(text, parse_constant=_refuse_constant)

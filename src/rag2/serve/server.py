@@ -17,6 +17,7 @@ from rag2.registry import UserError
 from rag2.serve.app import build
 from rag2.serve.limits import Limits
 from rag2.serve.protocol import protocol
+from rag2.serve.refusal import Refusal
 from rag2.serve.serving import Serving
 
 logger = logging.getLogger(__name__)
@@ -36,7 +37,7 @@ class Server(uvicorn.Server):
         self._rag: Rag | None = None
         config = uvicorn.Config(
             build(serving),
-            http=protocol(serving.limits),
+            http=protocol(serving.limits, Refusal(serving).of),
             ws="none",
             lifespan="off",
             log_config=None,

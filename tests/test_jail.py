@@ -186,8 +186,9 @@ def test_what_lies_in_the_folder_that_is_read_is_never_run(tmp_path, monkeypatch
     assert "ok wax" in outcomes(tmp_path).values() and not (tmp_path / "ran").exists()
 
 
-def test_a_child_whose_parent_is_gone_ends_by_itself(tmp_path):
-    request = {"parser": "failing_parsers:endless", "path": str(tmp_path), "name": "a"}
+@pytest.mark.parametrize("parser", ["endless", "silent"])
+def test_a_child_whose_parent_is_gone_ends_by_itself(tmp_path, parser: str):
+    request = {"parser": f"failing_parsers:{parser}", "path": str(tmp_path), "name": "a"}
     with subprocess.Popen(
         [sys.executable, "-P", "-m", "rag2.kb.jail", str(2**30), "0.1"],
         stdin=subprocess.PIPE,

@@ -102,9 +102,8 @@ class KnowledgeBase(State):
             stored = self._meta("chunker")
             assert stored is not None, "nothing was cut yet"
             chunker = TokenChunker.model_validate_json(stored)
-            self._set(
-                "chunker", chunker.model_copy(update={"tokenizer": tokenizer}).model_dump_json()
-            )
+            renamed = chunker.model_copy(update={"tokenizer": tokenizer}).model_dump_json()
+            self._db.execute("UPDATE meta SET value = ? WHERE key = 'chunker'", (renamed,))
 
     def compact(self) -> int:
         """Erase what was removed from the file and from its log; returns the number of its chunks.

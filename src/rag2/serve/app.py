@@ -63,7 +63,9 @@ def build(serving: Serving) -> App:
         status: {"description": told, "content": {"application/json": {"schema": ERROR}}}
         for status, told in STATUSES.items()
     }
-    app = FastAPI(title="rag2", version=__version__, responses=described, redoc_url=None)
+    app = FastAPI(
+        title="rag2", version=__version__, responses=described, docs_url=None, redoc_url=None
+    )
     _errors(app)
     _operations(app, serving)
     for part in (chat, search, documents):

@@ -10,6 +10,7 @@ from starlette.requests import Request
 from rag2.answering.ask import Answer, Ask
 from rag2.serve.engine import Engine
 from rag2.serve.errors import ApiError, late
+from rag2.serve.relay import Relay
 from rag2.serve.work import Work
 
 GRACE = 1.0  # seconds after a deadline until the loop no longer leaves it to the engine to say so
@@ -22,7 +23,7 @@ class Events:
     The asks are taken when this is made, all or none, and given up by `close`.
     """
 
-    def __init__(self, engine: Engine, asks: Sequence[Ask]) -> None:
+    def __init__(self, engine: Engine | Relay, asks: Sequence[Ask]) -> None:
         """Raises ApiError as Engine.submit."""
         self._engine, loop = engine, asyncio.get_running_loop()
         self._told = asyncio.Queue[tuple[int, Any]]()
@@ -48,7 +49,7 @@ class Events:
         self._engine.give_up(self.works)
 
 
-async def in_time(told: asyncio.Queue[Any], engine: Engine, work: Work) -> Any:
+async def in_time(told: asyncio.Queue[Any], engine: Engine | Relay, work: Work) -> Any:
     """The next event, or that there was none in time: even an engine that hangs keeps nobody."""
     left = work.until + GRACE - time.monotonic()
     try:

@@ -179,39 +179,6 @@ def test_a_generation_of_other_texts_is_refused_though_all_its_chunks_are_gone_h
         caplog.clear()
 
 
-def test_a_chunk_without_a_finite_embedding_is_told_and_blocks_nothing(
-    live: Live, caplog: pytest.LogCaptureFixture
-):
-    def embed(texts: Any, side: str) -> np.ndarray:
-        vectors_ND = vectors(texts)
-        if side == "chunk":
-            vectors_ND[["bad" in text for text in texts], 3] = np.nan
-        return vectors_ND
-
-    some = Embedder("hashed", DIMENSION, embed)
-    with Live(live.path, some, FLAT, live.generations) as half:
-        half.put([Document("a", "good one\nbad two"), Document("b", "bad three")], LINES)
-        assert "chunk 2 of document 'a' has no finite embedding" in caplog.text
-        with KnowledgeBase(half.path) as other:  # whoever wrote it
-            other.put([Document("c", "bad four\ngood five")], LINES)
-        for change in (lambda: None, half.refresh, half.compact, half.refresh):
-            change()
-            assert {*found(half, "good one", 9)} == {"good one", "good five"}
-            assert half.view().blind == {2, 3, 4}
-            words = half.search(["three bad"], 1, weight=0.0)  # they find it as ever
-            assert [chunk.text for chunk in words.chunks()] == ["bad three"]
-        with pytest.raises(UserError, match="chunk 2 of document 'a' .*no generation was made"):
-            half.refresh(replace(some, fingerprint="other"))
-        assert half.view().embedder is some and len(found(half, "good one", 9)) == 2
-        half.put([Document("a", "good again"), Document("c", "good five")], LINES)
-        half.remove(["b"])
-        assert half.view().blind == set()
-        half.refresh(replace(some, fingerprint="other"))
-        assert {*found(half, "good one", 9)} == {"good again", "good five"}
-    with Live(live.path, some, FLAT, live.generations) as again:
-        assert {*found(again, "good one", 9)} == {"good again", "good five"}
-
-
 def test_a_saved_generation_is_taken_up_again_and_a_damaged_one_is_not(live: Live, caplog):
     live.add(documents(4), LINES)
     live.refresh()

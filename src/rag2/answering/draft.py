@@ -15,15 +15,16 @@ from rag2.answering.text import Text
 from rag2.generator.generate import ends_of
 from rag2.generator.load import Generator
 from rag2.generator.mixture import Mixture, log_prior
-from rag2.generator.pairs import check_room, encode_contexts, positions
+from rag2.generator.pairs import check_fits, encode_contexts, positions
 from rag2.registry import UserError
 from rag2.types import Chunk
 
 
 @dataclass(frozen=True, slots=True)
 class Prompts:
-    """What the generator reads for a question: token ids, and the chunks that they hold."""
+    """What the generator reads for a question: texts, their ids, and the chunks that they hold."""
 
+    texts: list[str]
     contexts: list[list[int]]
     heads: list[int]
     read: list[int]
@@ -45,10 +46,11 @@ class Prompts:
             ]
             read = [place for place, one in enumerate(alone) if not one.dropped]
             built = [alone[place] for place in read] or alone[:1]
-        contexts = encode_contexts(tokenizer, [one.text for one in built])
+        texts = [one.text for one in built]
+        contexts = encode_contexts(tokenizer, texts)
         heads = encode_contexts(tokenizer, [one.text[: one.head] for one in built])
         cuts = [_shared(*pair) for pair in zip(contexts, heads, strict=True)]
-        return cls(contexts, cuts, read, len(chunks) - len(read))
+        return cls(texts, contexts, cuts, read, len(chunks) - len(read))
 
 
 def _shared(context: Sequence[int], head: Sequence[int]) -> int:
@@ -75,7 +77,7 @@ class Draft:
         self.stops = (*settings.stop, *ask.stop)
         reading = ask.reading or settings.reading
         self.prompts = Prompts.of(ask, [chunk for chunk, _ in found], settings, self.tokenizer)
-        self.most = _room(generator.model, self.prompts, ask, settings)
+        self.most = room(positions(generator.model), self.prompts, ask, settings)
         scores_S = np.array([found[at][1] for at in self.prompts.read], dtype=np.float64)
         apart = reading != "concat" and self.prompts.read
         weights_S = log_prior(scores_S, settings.temperature) if apart else torch.zeros(1).double()
@@ -128,16 +130,16 @@ class Draft:
         )
 
 
-def _room(model: Any, prompts: Prompts, ask: Ask, settings: Settings) -> int:
+def room(limit: int | None, prompts: Prompts, ask: Ask, settings: Settings) -> int:
     """The most tokens of the answer; a default that has no room is less, a wish is an error."""
-    longest, limit = max(map(len, prompts.contexts)), positions(model)
+    longest = max(map(len, prompts.contexts))
     room = settings.max_new_tokens if limit is None else limit - longest + 1
     if ask.max_new_tokens is None and room > 0:
         return min(settings.max_new_tokens, room)
     wanted = 1 if ask.max_new_tokens is None else ask.max_new_tokens
     if wanted < 1:
         raise UserError(f"max_new_tokens={wanted}; allowed: 1 or more")
-    check_room(model, longest, wanted, ask.question[:60])
+    check_fits(limit, longest, wanted, ask.question[:60])
     return wanted
 
 

@@ -86,7 +86,7 @@ class Exported:
 
     def generator(self, dtype: str = "float32", device: str | torch.device = "cpu") -> Generator:
         """The generator in evaluation mode; UserError when it cannot be loaded."""
-        with self._reading("generator"):
+        with self.reading("generator"):
             return Generator.load(self.directory / "generator", dtype, device)
 
     def retriever(self) -> DualEncoder:
@@ -94,7 +94,7 @@ class Exported:
 
         Raises UserError when it cannot be loaded, or is not the one that made the index.
         """
-        with self._reading("retriever"):
+        with self.reading("retriever"):
             encoder = DualEncoder.load(self.directory / "retriever").eval()
             index = reading.read_json(self.directory / "index" / artifact.MANIFEST)["meta"]
             found = encoder.fingerprint()
@@ -115,7 +115,7 @@ class Exported:
         Raises UserError when it cannot be loaded, is of another encoder, or has other chunks than
         those that are live in kb.sqlite.
         """
-        with self._reading("index"):
+        with self.reading("index"):
             folder = self.directory / "index"
             with pa.memory_map(str(folder / generations.FILE)) as source:
                 schema = pa.ipc.open_file(source).schema  # no type of its own, nor metadata
@@ -134,7 +134,7 @@ class Exported:
             return generation
 
     @contextmanager
-    def _reading(self, part: str) -> Iterator[None]:
+    def reading(self, part: str) -> Iterator[None]:
         """Whatever a library says of a file that is not what it should be, in one line."""
         try:
             yield

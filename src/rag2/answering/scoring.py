@@ -46,12 +46,17 @@ def _by_harness(
     together = reading == "concat" and len(hits) > 1
     concat = [len(hits)] if together else []
     table = evaluate([question], Found(scores_QK, ids_QK), reader, concat=concat)
+    return from_table(table, together, settings.temperature)
+
+
+def from_table(table: score.Scores, together: bool, temperature: float) -> Likelihoods:
+    """Of the scores of one question; `together`: its chunks were read in one prompt."""
     mode: score.Reading = "concat" if together else "marginal"
-    logp_QC = score.read(table, mode, len(hits), settings.temperature)
+    logp_QC = score.read(table, mode, table.retrieved, temperature)
     if together:
         return logp_QC[0].tolist(), None
     best_Q = score.predict(logp_QC)
-    posterior_QK = score.posterior(table, len(hits), settings.temperature, best_Q)
+    posterior_QK = score.posterior(table, table.retrieved, temperature, best_Q)
     return logp_QC[0].tolist(), posterior_QK[0].tolist()
 
 

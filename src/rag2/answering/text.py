@@ -43,15 +43,7 @@ class Text:
     def news(self, all: bool) -> str:
         """What was not told yet and stays whatever comes; `all` of it at the end."""
         text = self._raw(self._open).lstrip()
-        if all:
-            sure = len(text.rstrip())
-        else:
-            sure = len(text.rstrip(BROKEN).rstrip())
-            for stop in self.stops:
-                held = range(1, len(stop))
-                cut = max((n for n in held if text[:sure].endswith(stop[:n])), default=0)
-                sure = min(sure, len(text[:sure]) - cut)
-            sure = len(text[:sure].rstrip())
+        sure = len(text.rstrip()) if all else certain(text, self.stops)
         new = text[self._told : sure]
         self._told = max(self._told, sure)
         return new
@@ -65,6 +57,24 @@ class Text:
         return self._done + decode(both, skip_special_tokens=True)[known:]
 
     def _first_stop(self, text: str) -> int | None:
-        start = max(0, len(self._done) - max(map(len, self.stops), default=0))
-        found = [at for stop in self.stops if (at := text.find(stop, start)) >= 0]
-        return min(found, default=None)
+        longest = max(map(len, self.stops), default=0)
+        return first_stop(text, self.stops, start=max(0, len(self._done) - longest))
+
+
+def first_stop(text: str, stops: Sequence[str], start: int = 0) -> int | None:
+    """Where the first of the stops begins; None where there is none."""
+    found = [at for stop in stops if (at := text.find(stop, start)) >= 0]
+    return min(found, default=None)
+
+
+def certain(text: str, stops: Sequence[str]) -> int:
+    """Characters that stay whatever comes: no part of a character, a stop or white space ends them.
+
+    `text` holds no whole stop, and does not begin with white space.
+    """
+    sure = len(text.rstrip(BROKEN).rstrip())
+    for stop in stops:
+        held = range(1, len(stop))
+        cut = max((n for n in held if text[:sure].endswith(stop[:n])), default=0)
+        sure = min(sure, len(text[:sure]) - cut)
+    return len(text[:sure].rstrip())

@@ -174,7 +174,11 @@ def check_room(model: Model, context: int, answer: int, called: str) -> None:
 
     `context` and `answer` are their lengths in tokens, `called` the question's id or text.
     """
-    limit = positions(model)
+    check_fits(positions(model), context, answer, called)
+
+
+def check_fits(limit: int | None, context: int, answer: int, called: str) -> None:
+    """The same of so many positions; None: as many as one likes."""
     if limit is not None and context + answer - 1 > limit:
         budget = max(limit - answer + 1, 1)
         raise UserError(

@@ -53,7 +53,7 @@ STATUSES = {
     422: "The body is not what the endpoint takes",
     429: "As many requests as the server takes; see Retry-After",
     431: "The headers are too large",
-    503: "Starting or shutting down",
+    503: "Starting, shutting down, or the generator's own server does not answer",
 }
 
 
@@ -118,7 +118,7 @@ def _operations(app: FastAPI, serving: Serving) -> None:
         view, settings = rag.live.view(), rag.settings
         parts = [part for part in (view.base, view.delta) if part is not None]
         told = settings.model_dump(include={"k", "reading", "temperature", "max_new_tokens"})
-        told["readings"] = ["marginal", "token", "concat"]
+        told["readings"] = list(rag.readings)
         told["chunks"] = sum(int(part.alive_N.sum()) for part in parts)
         told["namespaces"] = sorted({name for part in parts for name in part.rows})
         told |= replies.where(rag.place(view))

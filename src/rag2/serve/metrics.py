@@ -4,6 +4,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 
 from rag2.answering.ask import Answer
 from rag2.serve.engine import Engine, Work
+from rag2.serve.relay import Relay
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
@@ -52,7 +53,7 @@ class Metrics:
         self.tokens.labels("prompt").inc(answer.prompt_tokens)
         self.tokens.labels("answer").inc(len(answer.tokens))
 
-    def text(self, engine: Engine | None) -> bytes:
+    def text(self, engine: Engine | Relay | None) -> bytes:
         """All of them as of now."""
         if engine is not None:
             self.waiting.set(engine.waiting)

@@ -11,7 +11,7 @@ from typing import Any
 
 import uvicorn
 
-from rag2.answering.rag import Rag
+from rag2.answering.remote import System
 from rag2.registry import UserError
 from rag2.serve.app import build
 from rag2.serve.limits import Limits
@@ -25,12 +25,12 @@ PATIENCE = 5  # seconds for connections to close once all is answered
 class Server(uvicorn.Server):
     """One process; its port is open while the system is loaded, and /ready says so."""
 
-    def __init__(self, serving: Serving, load: Callable[[], Rag], host: str, port: int) -> None:
+    def __init__(self, serving: Serving, load: Callable[[], System], host: str, port: int) -> None:
         """Raises UserError for an address that cannot be listened on."""
         self.serving, self.load = serving, load
         self.socket = _listen(host, port)
         self.failed: UserError | None = None
-        self._rag: Rag | None = None
+        self._rag: System | None = None
         config = uvicorn.Config(
             build(serving),
             http=protocol(serving.limits),
@@ -110,7 +110,7 @@ def token_for(given: str | None) -> str:
     return given or secrets.token_urlsafe(24)
 
 
-def serve(load: Callable[[], Rag], name: str, host: str, port: int, token: str | None) -> None:
+def serve(load: Callable[[], System], name: str, host: str, port: int, token: str | None) -> None:
     """Answer until a signal ends it. Raises UserError as `Server` does."""
     made = token_for(token)
     serving = Serving(Limits(), name, made)

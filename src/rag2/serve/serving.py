@@ -9,11 +9,12 @@ from typing import Any
 from starlette.requests import Request
 
 from rag2.answering.ask import Answer, Ask
-from rag2.answering.rag import Rag
+from rag2.answering.remote import Remote, System
 from rag2.serve.engine import Engine, Work, told
 from rag2.serve.errors import ApiError, busy, draining
 from rag2.serve.limits import Limits
 from rag2.serve.metrics import Metrics
+from rag2.serve.relay import Relay
 
 WRITERS = 8  # changes of documents that may wait for one another
 NEWER = 1000  # chunks that may be newer than the index, where it is small
@@ -29,25 +30,26 @@ class Serving:
         self.draining = False
         self.failure = ""
         """why there will be no system"""
-        self._engine: Engine | None = None
+        self._engine: Engine | Relay | None = None
         self._writing = asyncio.Lock()
         self._writers = 0
         self._refreshing: asyncio.Future[None] | None = None
 
-    def start(self, rag: Rag) -> None:
+    def start(self, rag: System) -> None:
         """Answer with this system from now on, after an answer that warms it up."""
         rag.answer("Is anybody there?", max_new_tokens=1)
-        self._engine = Engine(rag, self.limits)
+        remote = isinstance(rag, Remote)
+        self._engine = Relay(rag, self.limits) if remote else Engine(rag, self.limits)
 
     @property
-    def engine(self) -> Engine:
+    def engine(self) -> Engine | Relay:
         """Raises ApiError, 503, where there is none yet."""
         if self._engine is None:
             raise ApiError(503, "the server is starting", "starting", headers={"retry-after": "1"})
         return self._engine
 
     @property
-    def rag(self) -> Rag:
+    def rag(self) -> System:
         """The system; raises as `engine` does."""
         return self.engine.rag
 

@@ -1,0 +1,169 @@
+"""Requests from many threads -> a generator elsewhere, so many of them at once.
+
+What `Engine` is for a generator in this process: the same queue with the same refusals. Whoever
+leaves, or waits too long, takes the request to the generator's server with them.
+"""
+
+import asyncio
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from rag2.answering.ask import Answer, Ask
+from rag2.answering.remote import Remote
+from rag2.answering.wire import Unavailable
+from rag2.serve.engine import Work, told
+from rag2.serve.errors import ApiError, busy, draining, late
+from rag2.serve.limits import Limits
+
+logger = logging.getLogger(__name__)
+LOOK = 0.1  # seconds between two looks at who has left
+AGAIN = "2"  # seconds until a client may try again
+
+
+class Relay:
+    """Tasks on the loop of a remote system; `submit` never waits."""
+
+    def __init__(self, rag: Remote, limits: Limits) -> None:
+        self.rag, self.limits = rag, limits
+        self._waiting: deque[Work] = deque()
+        self._live: dict[asyncio.Task[None], Work] = {}
+        self._lock = threading.Lock()
+        self._closing = False
+        self._pace = 0.1  # seconds between two answers, a moving average
+        self._last = time.monotonic()
+        self._searching = ThreadPoolExecutor(limits.together, "relay")
+        self._wake = asyncio.Event()
+        self._running = rag.background.start(self._run())
+
+    @property
+    def waiting(self) -> int:
+        """Requests that nobody works on yet."""
+        return len(self._waiting)
+
+    @property
+    def live(self) -> int:
+        """Requests that are being worked on."""
+        return len(self._live)
+
+    def check_room(self, count: int = 1) -> None:
+        """Raise ApiError, 429 or 503, if so many more requests cannot be taken now."""
+        if self._closing:
+            raise draining()
+        if len(self._waiting) + count > self.limits.waiting:
+            raise busy(self._pace * len(self._waiting))
+
+    def submit(self, works: Sequence[Work]) -> None:
+        """Take these, all or none; raises as `check_room` does."""
+        with self._lock:
+            self.check_room(len(works))
+            self._waiting += works
+        self._notify()
+
+    def close(self, seconds: float) -> bool:
+        """Take nothing more and finish what was taken; whether that was done in time."""
+        with self._lock:
+            self._closing = True
+        self._notify()
+        try:
+            self._running.result(seconds)
+            return True
+        except TimeoutError:
+            self._running.cancel()
+            return False
+        finally:
+            self._searching.shutdown(wait=False)
+
+    def _notify(self) -> None:
+        self.rag.background.loop.call_soon_threadsafe(self._wake.set)
+
+    # ----- the loop ------------------------------------------------------------------------------
+
+    async def _run(self) -> None:
+        try:
+            while not self._closing or self._waiting or self._live:
+                self._wake.clear()
+                self._drop_unwanted()
+                while self._waiting and len(self._live) < self.limits.together:
+                    self._begin(self._waiting.popleft())
+                busy = self._waiting or self._live
+                try:
+                    await asyncio.wait_for(self._wake.wait(), LOOK if busy else None)
+                except TimeoutError:
+                    pass
+        finally:
+            for task in self._live:
+                task.cancel()
+
+    def _drop_unwanted(self) -> None:
+        for task, work in self._live.items():
+            if self._unwanted(work):
+                task.cancel()
+        with self._lock:
+            kept = [work for work in self._waiting if not self._unwanted(work)]
+            self._waiting.clear()
+            self._waiting += kept
+
+    def _unwanted(self, work: Work) -> bool:
+        """Whether nobody waits for it any more; who waits too long is told."""
+        if not work.cancelled and time.monotonic() > work.until:
+            work.cancelled = True
+            work.tell(late(self.limits.deadline))
+        return work.cancelled
+
+    def _begin(self, work: Work) -> None:
+        task = asyncio.get_running_loop().create_task(self._do(work))
+        self._live[task] = work
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        del self._live[task]
+        now = time.monotonic()
+        self._pace += 0.1 * (min(now - self._last, 10.0) - self._pace)
+        self._last = now
+        self._wake.set()
+
+    async def _do(self, work: Work) -> None:
+        try:
+            result = await self._result(work)
+        except Unavailable as error:
+            logger.warning("%s", error)
+            result = unavailable()
+        except Exception as error:  # whatever it is, the others go on
+            result = told(error)
+        work.tell(result)
+
+    async def _result(self, work: Work) -> Any:
+        """An answer, whose pieces are told on the way, or what a call gives."""
+        if not isinstance(work.what, Ask):
+            return await self._aside(work.what)
+        ask = work.what
+        began = time.monotonic()
+        plan = await self._aside(lambda: self.rag.plan(ask))
+        work.searched = time.monotonic() - began
+
+        def tell(piece: str) -> None:
+            if work.first is None:
+                work.first = time.monotonic() - work.began
+            work.tell(piece)
+
+        answer: Answer = await self.rag.written(plan, tell)
+        return answer
+
+    async def _aside(self, call: Callable[[], Any]) -> Any:
+        """What would hold up the loop, in a thread."""
+        return await asyncio.get_running_loop().run_in_executor(self._searching, call)
+
+
+def unavailable() -> ApiError:
+    """The generator's server is down or does not behave; our log says how."""
+    return ApiError(
+        503,
+        "the generator's server does not answer as it should; try again later",
+        "generator_unavailable",
+        headers={"retry-after": AGAIN},
+    )

@@ -99,13 +99,8 @@ def test_scores_are_those_of_the_harness(
 
 def by_force(rag: Rag, question: str, stops: list[str]) -> tuple[str, float, list[float]]:
     """Thorough decoding with the model at hand: text, log p(y|x) without its end, p(z|x,y)."""
-<<<<<<< HEAD
-    model, tokenizer = rag.generator.model, rag.generator.tokenizer
-    ((hits, _),) = rag.searched([Ask(question)])
-=======
     tokenizer = rag.generator.tokenizer
-    (hits,), _ = rag.searched([Ask(question)])
->>>>>>> w-up
+    ((hits, _),) = rag.searched([Ask(question)])
     prompts = [
         rag.settings.prompt.context(question, [chunk.passage], tokenizer).text for chunk, _ in hits
     ]

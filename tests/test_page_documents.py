@@ -177,9 +177,7 @@ def test_a_namespace_is_asked_and_changed_alone(tab: Page, towns: str):
 
 
 @pytest.mark.slow
-def test_the_command_prints_the_address_of_a_page_that_has_the_token(
-    tab: Page, tmp_path: Path
-):
+def test_the_command_prints_the_address_of_a_page_that_has_the_token(tab: Page, tmp_path: Path):
     with commanded(reading.export(tmp_path)) as address:
         visit(tab, address)
         assert ask(tab, reading.question("Almby")) == "amber barrels"

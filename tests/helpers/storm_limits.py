@@ -22,7 +22,7 @@ def numbers() -> list[Case]:
         ("/v1/chat/completions", asked, "top_p", 0.01, 1),
         ("/v1/chat/completions", asked, "max_tokens", 1, 4096),
         ("/v1/chat/completions", asked, "max_completion_tokens", 1, 4096),
-        ("/v1/chat/completions", asked, "seed", -(2**63), 2**63 - 1),
+        ("/v1/chat/completions", asked, "seed", -(10**19), 10**19),
         ("/v1/chat/completions", asked, "n", 1, 8),
         ("/v1/chat/completions", asked, "rag2.k", 0, 64),
         ("/v1/completions", {"prompt": "Who?"}, "logprobs", 0, 5),

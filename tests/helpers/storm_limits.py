@@ -93,14 +93,20 @@ def sizes() -> list[Case]:
 
 
 def beyond(
-    address: str, cases: list[Case], memory: Callable[[], int] = lambda: 0
+    address: str,
+    cases: list[Case],
+    memory: Callable[[], int] = lambda: 0,
+    loop: Callable[[], float] = time.monotonic,
 ) -> list[dict[str, Any]]:
-    """What each case got: its status, seconds, growth of memory in bytes, and what is wrong."""
+    """What each case got: its status, seconds, growth of memory in bytes, and what is wrong.
+
+    `loop` tells the time of the server's event loop.
+    """
     results = []
     for name, data, allowed in cases:
-        before, began = memory(), time.monotonic()
+        before, began = memory(), loop()
         got = exchange(address, data)
-        seconds, wrong = time.monotonic() - began, ""
+        seconds, wrong = loop() - began, ""
         if got is None or got.status not in allowed:
             wrong = f"got {got and got.status}, wanted {sorted(allowed)}"
         elif got.status >= 400:
@@ -230,6 +236,6 @@ def summary(results: list[dict[str, Any]]) -> dict[str, Any]:
     largest = max(results, key=lambda item: item["grown"])
     return {
         "cases": len(results), "wrong": wrong,
-        "slowest": [slowest["case"], slowest["seconds"]],
+        "longest": [slowest["case"], slowest["seconds"]],
         "largest": [largest["case"], round(largest["grown"] / MIB, 1)],
     }  # fmt: skip

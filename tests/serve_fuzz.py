@@ -5,8 +5,8 @@
 
 A finding is a status of 500 or more (503 of /ready excepted), an error that is not in OpenAI's
 shape, a complete request without a response, a process that ended, a traceback in its log, memory
-that grew by more than 5 % since the first fifth. `--fault` plants a mistake, which must be found. The
-last line is JSON; exit 1 if there is a finding.
+that grew by more than 5 % since the first fifth. `--fault` plants a mistake, which must be found.
+The last line is JSON; exit 1 if there is a finding.
 """
 
 import argparse

@@ -162,16 +162,16 @@ def test_an_answer_is_stopped_and_what_it_said_stays(page: Page, way: str):
     elif way == "button":
         page.click("#go")
     else:
-        stubbed(page, [delta(content="another"), "[DONE]"])
+        stubbed(page, [delta(content="another")], end="wait")
         page.press("Enter")
+        page.wait("document.querySelectorAll('#history li').length === 1")
+        page.wait("document.querySelector('.answer').textContent === 'another'")
+        assert page.look("document.querySelector('.arm').getAttribute('aria-busy')") == "true"
+        assert texts(page, "#go") == ["Stop"]
+        page.press("Escape")
     page.wait("document.querySelector('#go').textContent === 'Ask'")
-    if way == "another question":
-        page.wait("document.querySelectorAll('#history li').length === 2")
-        assert texts(page, ".answer")[0] == "another"
-    else:
-        assert (
-            texts(page, ".answer")[0] == "once upon a time" and texts(page, ".meta")[0] == "stopped"
-        )
+    said = "another" if way == "another question" else "once upon a time"
+    assert texts(page, ".answer")[0] == said and texts(page, ".meta")[0] == "stopped"
 
 
 def test_nothing_moves_while_an_answer_comes(page: Page):

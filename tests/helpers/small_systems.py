@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rag2.answering.rag import Rag
+from rag2.answering.remote import System
 from rag2.answering.settings import Settings
 from rag2.generator.load import Generator
 from rag2.generator.prompt import Prompt
@@ -44,7 +45,7 @@ def small_system(home: Path, folder: Path, **settings: Any) -> Iterator[Rag]:
 
 
 @contextmanager
-def served(rag: Rag, limits: Limits | None = None) -> Iterator[Server]:
+def served(rag: System, limits: Limits | None = None) -> Iterator[Server]:
     """A server of it on a free port, ready."""
     server = Server(Serving(limits or Limits(), "small", TOKEN), lambda: rag, "127.0.0.1", 0)
     ready = threading.Event()

@@ -200,7 +200,7 @@ def _beginning(kind: str) -> bytes:
         "headers": b"GET /health HTTP/1.1\r\nhost: x\r\n",
         "body": post + b'content-length: 1000\r\n\r\n{"query": "',
         "chunks": post + b"transfer-encoding: chunked\r\n\r\n",
-        "deaf": request("GET", "/openapi.json") * 300,  # MiB of answers, one after another
+        "deaf": request("GET", "/openapi.json") * 120,  # MiB of answers, one after another
     }[kind]
 
 

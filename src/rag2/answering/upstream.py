@@ -16,6 +16,7 @@ import httpx
 from rag2.answering.wire import (
     Choice,
     Completion,
+    Model,
     Models,
     Unavailable,
     body_of,
@@ -90,8 +91,7 @@ class Upstream:
         `expected` is the number of tokens that PROBE must have. Raises UserError for an address
         where nobody speaks the API, a model that is not there and one with other tokens.
         """
-        async with self._asked("GET", "/models") as response:
-            found = parsed(Models, await body_of(response, self.url), self.url).data
+        found = await self._models()
         if any(model.owned_by == "rag2" for model in found):
             raise UserError(
                 f"{self.url} is a rag2 server: its completions are answers from its own documents, "
@@ -108,8 +108,19 @@ class Upstream:
             self.scores = await self._echoes(expected)
         except Refused as error:
             near = nearest(self.model, names)
-            raise UserError(f"{error}. It serves: {', '.join(names[:20])}.{near}") from None
+            listed = f". It serves {', '.join(names[:20])}.{near}" if names else ""
+            raise UserError(f"{self.url}, model {self.model!r}: {error}{listed}") from None
         return self
+
+    async def _models(self) -> list[Model]:
+        """What it says it serves; nothing where it does not say and the model's name is given."""
+        try:
+            async with self._asked("GET", "/models") as response:
+                return parsed(Models, await body_of(response, self.url), self.url).data
+        except UserError:
+            if not self.model:
+                raise
+            return []
 
     async def _echoes(self, expected: int) -> bool:
         """Whether it scores prompts; raises Refused where it does not even write."""

@@ -50,6 +50,7 @@ export class Drawer {
   turn(part, heading) {
     for (const one of [".list", "article", ".editor"]) this.find(one).hidden = one !== part;
     this.find(".back").hidden = part === ".list";
+    this.find(".new").hidden = part !== ".list";
     this.find(".token").hidden = true;
     this.find(".again").hidden = true;
     this.find("#heading").textContent = heading;

@@ -193,3 +193,17 @@ def inline(monkeypatch: pytest.MonkeyPatch) -> type[Inline]:
     fresh = type("Fresh", (Inline,), {"launched": []})
     monkeypatch.setattr("rag2.reindex.store.Worker", fresh)
     return fresh
+
+
+@pytest.fixture(scope="session")
+def script() -> Callable[[str], ModuleType]:
+    """A script of this folder by its name, as a module."""
+
+    def load(name: str) -> ModuleType:
+        spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+        assert spec and spec.loader
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    return load

@@ -4,9 +4,9 @@
     python tests/serve_fuzz.py EXPORT --requests 2000 --fault "stock errors"
 
 A finding is a status of 500 or more (503 of /ready excepted), an error that is not in OpenAI's
-shape, a complete request without a response, a process that ended, a line in its log, memory that
-grew by more than 5 % since the first fifth. `--fault` plants a mistake, which must be found. The
-last line is JSON; exit 1 if there is a finding.
+shape, a complete request without a response, a process that ended, a traceback in its log, memory
+that grew by more than 5 % since the first fifth. `--fault` plants a mistake, which must be found.
+The last line is JSON; exit 1 if there is a finding.
 """
 
 import argparse
@@ -123,7 +123,7 @@ def main(argv: list[str] | None = None) -> int:
         "seconds": round(time.monotonic() - began, 1),
     }  # fmt: skip
     print(json.dumps(result))  # noqa: T201
-    return int(bool(found or log or ended is not None or grown > 0.05))
+    return int(bool(found or 'File "' in log or ended is not None or grown > 0.05))
 
 
 if __name__ == "__main__":

@@ -76,6 +76,11 @@ class ServerProcess:
         fields = Path(f"/proc/{self.process.pid}/stat").read_text().rsplit(")", 1)[1].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
+    def loop(self) -> float:
+        """CPU seconds of its main thread, which is the event loop, so far."""
+        text = Path(f"/proc/{self.process.pid}/schedstat").read_text()
+        return int(text.split()[0]) / 1e9
+
     def end(self, signal: int = signal.SIGTERM, seconds: float = 60) -> int:
         """Its exit code after a signal."""
         self.process.send_signal(signal)

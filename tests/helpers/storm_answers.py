@@ -175,6 +175,17 @@ def texts(got: Got | None) -> list[str]:
     return [choice["message"]["content"] for choice in got.json["choices"]]
 
 
+def patiently(ask: Callable[[], Got | None]) -> Got | None:
+    """Ask again while there is no room."""
+    got = ask()
+    for _ in range(400):
+        if got is None or got.status != 429:
+            break
+        time.sleep(0.05)
+        got = ask()
+    return got
+
+
 def neighbours(
     address: str, questions: list[str], kinds: int, count: int, seed: int, clients: int = 24
 ) -> dict[str, Any]:
@@ -193,14 +204,13 @@ def neighbours(
         if not hasattr(local, "line"):
             local.line = connected(address, 90)
             local.reader = Reader(local.line)
-        for _ in range(200):
+
+        def ask() -> Got | None:
             local.line.sendall(requests[at])
-            got = local.reader.next()
-            if got is None or got.status != 429:
-                break
-            time.sleep(0.05)
+            return local.reader.next()
+
         try:
-            found = texts(got)
+            found = texts(patiently(ask))
         except AssertionError as error:
             return str(error)[:200]
         return "" if found == alone[at] else json.dumps([alone[at], found])
@@ -208,6 +218,30 @@ def neighbours(
     with ThreadPoolExecutor(clients) as pool:
         differ = [wrong for wrong in pool.map(one, order) if wrong]
     return {"kinds": kinds, "answers": count, "differ": len(differ), "first": differ[:3]}
+
+
+POISONS = ("poison of search", "poison of reading", "poison of steps")
+
+
+def poisoned(address: str, questions: list[str], count: int, seed: int) -> dict[str, Any]:
+    """Good questions, each tenth one bad: the good are answered as alone, the bad get 500."""
+    dice = random.Random(seed)
+    good = [chat(question, max_tokens=4) for question in dice.sample(questions, 20)]
+    alone = [texts(exchange(address, data)) for data in good]
+
+    def one(number: int) -> str:
+        at = number % len(good)
+        poison = chat(f"{POISONS[number // 10 % 3]} number {number}?", temperature=2.0, seed=number)
+        got = patiently(lambda: exchange(address, good[at] if number % 10 else poison))
+        if number % 10:
+            return "" if texts(got) == alone[at] else f"{number}: {got}"[:200]
+        # A text that ends at its first token has no second one to fail at.
+        fine = got is not None and got.status in (500, 200) and b"poison" not in got.body[:200]
+        return "" if fine else f"poison {number}: {got}"[:200]
+
+    with ThreadPoolExecutor(20) as pool:
+        wrong = [text for text in pool.map(one, range(count)) if text]
+    return {"requests": count, "poisoned": count // 10, "differ": len(wrong), "first": wrong[:3]}
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ def numbers() -> list[Case]:
         ("/v1/chat/completions", asked, "top_p", 0.01, 1),
         ("/v1/chat/completions", asked, "max_tokens", 1, 4096),
         ("/v1/chat/completions", asked, "max_completion_tokens", 1, 4096),
-        ("/v1/chat/completions", asked, "seed", -(2**63), 2**63 - 1),
+        ("/v1/chat/completions", asked, "seed", -(10**19), 10**19),
         ("/v1/chat/completions", asked, "n", 1, 8),
         ("/v1/chat/completions", asked, "rag2.k", 0, 64),
         ("/v1/completions", {"prompt": "Who?"}, "logprobs", 0, 5),
@@ -93,14 +93,20 @@ def sizes() -> list[Case]:
 
 
 def beyond(
-    address: str, cases: list[Case], memory: Callable[[], int] = lambda: 0
+    address: str,
+    cases: list[Case],
+    memory: Callable[[], int] = lambda: 0,
+    loop: Callable[[], float] = time.monotonic,
 ) -> list[dict[str, Any]]:
-    """What each case got: its status, seconds, growth of memory in bytes, and what is wrong."""
+    """What each case got: its status, seconds, growth of memory in bytes, and what is wrong.
+
+    `loop` tells the time of the server's event loop.
+    """
     results = []
     for name, data, allowed in cases:
-        before, began = memory(), time.monotonic()
+        before, began = memory(), loop()
         got = exchange(address, data)
-        seconds, wrong = time.monotonic() - began, ""
+        seconds, wrong = loop() - began, ""
         if got is None or got.status not in allowed:
             wrong = f"got {got and got.status}, wanted {sorted(allowed)}"
         elif got.status >= 400:
@@ -194,7 +200,7 @@ def _beginning(kind: str) -> bytes:
         "headers": b"GET /health HTTP/1.1\r\nhost: x\r\n",
         "body": post + b'content-length: 1000\r\n\r\n{"query": "',
         "chunks": post + b"transfer-encoding: chunked\r\n\r\n",
-        "deaf": request("GET", "/openapi.json") * 300,  # MiB of answers, one after another
+        "deaf": request("GET", "/openapi.json") * 120,  # MiB of answers, one after another
     }[kind]
 
 
@@ -230,6 +236,6 @@ def summary(results: list[dict[str, Any]]) -> dict[str, Any]:
     largest = max(results, key=lambda item: item["grown"])
     return {
         "cases": len(results), "wrong": wrong,
-        "slowest": [slowest["case"], slowest["seconds"]],
+        "longest": [slowest["case"], slowest["seconds"]],
         "largest": [largest["case"], round(largest["grown"] / MIB, 1)],
     }  # fmt: skip

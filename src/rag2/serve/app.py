@@ -2,6 +2,7 @@
 
 import hashlib
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,13 @@ from starlette.exceptions import HTTPException
 from starlette.responses import FileResponse, PlainTextResponse, Response
 
 from rag2 import __version__
-from rag2.serve import chat, documents, replies, search
+from rag2.serve import chat, documented, documents, replies, search
 from rag2.serve.errors import ApiError
 from rag2.serve.guard import App, Guard, Message, Receive, Send
 from rag2.serve.serving import Serving
 
 PAGE = Path(__file__).parent / "page"
+OTHER = "other"  # no route of the API: pages, and what there is not
 # What takes its turn in the queue: turned away before its body is read.
 QUEUED = {
     "/v1/chat/completions", "/v1/completions", "/v1/retrieve", "/rerank", "/v1/rerank",
@@ -82,32 +84,39 @@ def build(serving: Serving) -> App:
 def _operations(app: FastAPI, serving: Serving) -> None:
     """Is it alive, is it ready, what does it hold, what has it done."""
 
-    @app.get("/health", tags=["operations"])
+    @app.get("/health", tags=["operations"], responses=documented.json(documented.State, 503))
     async def health() -> Response:
         """Whether the process is to live on; a system that is still being loaded is."""
         broken = serving.broken
         told = {"status": "failed", "reason": broken} if broken else {"status": "ok"}
         return replies.Reply(told, status_code=503 if broken else 200)
 
-    @app.get("/ready", tags=["operations"])
+    @app.get("/ready", tags=["operations"], responses=documented.json(documented.State, 503))
     async def ready() -> Response:
         """Whether it takes questions: verified, warmed up, and not shutting down."""
         state = serving.state()
         told = {"status": state} | ({"reason": serving.broken} if serving.broken else {})
         return replies.Reply(told, status_code=200 if state == "ready" else 503)
 
-    @app.get("/metrics", tags=["operations"])
+    @app.get(
+        "/metrics",
+        tags=["operations"],
+        response_class=PlainTextResponse,
+        responses=documented.PLAIN,
+    )
     async def metrics() -> Response:
         """Counts and times, for Prometheus."""
         text = await serving.look(lambda: serving.metrics.text(serving.running))
         return PlainTextResponse(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    @app.get("/v1/models", tags=["operations"])
+    @app.get("/v1/models", tags=["operations"], responses=documented.json(documented.Models))
     async def models() -> Response:
         """The one model there is, and how it answers."""
         return replies.Reply({"object": "list", "data": [await serving.look(model)]})
 
-    @app.get("/v1/models/{name:path}", tags=["operations"])
+    @app.get(
+        "/v1/models/{name:path}", tags=["operations"], responses=documented.json(documented.Model)
+    )
     async def one_model(name: str) -> Response:
         """The same by its name."""
         if name != serving.name:
@@ -130,6 +139,10 @@ def _operations(app: FastAPI, serving: Serving) -> None:
 def _errors(app: FastAPI) -> None:
     """Every error in one shape; none repeats what the client sent but for names of fields."""
 
+    def paths() -> dict[str, Any]:
+        page = {"get": {}}
+        return {OTHER: page, **app.openapi()["paths"]}
+
     @app.exception_handler(ApiError)
     async def ours(_: Request, error: Any) -> Response:
         return replies.Reply(error.body(), status_code=error.status, headers=error.headers)
@@ -149,11 +162,14 @@ def _errors(app: FastAPI) -> None:
         return replies.Reply(told.body(), status_code=500)
 
     @app.exception_handler(HTTPException)
-    async def http(_: Request, error: Any) -> Response:
+    async def http(request: Request, error: Any) -> Response:
         codes = {404: "path_not_found", 405: "method_not_allowed"}
         code = codes.get(error.status_code, "invalid_request")
         told = ApiError(error.status_code, str(error.detail), code)
         headers = dict(error.headers or {})
+        if error.status_code == 405:  # Starlette names those of one of its routes
+            methods = paths()[named(request.url.path, paths())]
+            headers["allow"] = ", ".join(sorted(method.upper() for method in methods))
         return replies.Reply(told.body(), status_code=error.status_code, headers=headers)
 
 
@@ -193,12 +209,13 @@ class Measured:
         try:
             await self.app(scope, receive, noted)
         finally:
-            path = self._named(scope["path"])
+            path = named(scope["path"], self.paths)
             self.metrics.requests.labels(path, status).inc()
             self.metrics.seconds.labels(path).observe(time.perf_counter() - began)
 
-    def _named(self, path: str) -> str:
-        """The route's path: a client cannot make up new labels."""
-        if path in self.paths:
-            return path
-        return "/v1/documents/{id}" if path.startswith("/v1/documents/") else "other"
+
+def named(path: str, paths: Collection[str]) -> str:
+    """The route's path: a client cannot make up new labels."""
+    if path in paths:
+        return path
+    return next((p for p in paths if "{" in p and path.startswith(p.split("{")[0])), OTHER)

@@ -2,15 +2,22 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from rag2.serve import limits
+
+
+def whole(value: Any) -> Any:
+    """JSON has one kind of number: 2.0 is 2."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
 
 Text = Annotated[str, Field(min_length=1, max_length=limits.TEXT)]
 Name = Annotated[str, Field(max_length=limits.NAME)]
 Namespaces = Annotated[list[Name], Field(max_length=limits.NAMESPACES)]
 Stop = Annotated[str, Field(min_length=1, max_length=64)]
-K = Annotated[int, Field(ge=0, le=limits.K)]
+Whole = Annotated[int, BeforeValidator(whole)]
+K = Annotated[Whole, Field(ge=0, le=limits.K)]
 Reading = Literal["marginal", "token", "concat"]
 # What OpenAI's API has and this one has not: it is refused, not passed over in silence.
 ABSENT = {
@@ -51,10 +58,10 @@ class Sampled(Body):
     temperature: float | None = Field(default=None, ge=0, le=2)
     """0, the default: the likeliest token"""
     top_p: float | None = Field(default=None, gt=0, le=1)
-    max_tokens: int | None = Field(default=None, ge=1, le=limits.TOKENS)
+    max_tokens: Whole | None = Field(default=None, ge=1, le=limits.TOKENS)
     stop: Stop | list[Stop] | None = Field(default=None)
-    seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
-    n: int | None = Field(default=None, ge=1, le=limits.N)
+    seed: Whole | None = Field(default=None, ge=-(10**19), le=10**19)
+    n: Whole | None = Field(default=None, ge=1, le=limits.N)
     rag2: Options = Options()
 
     @field_validator("stop")
@@ -107,7 +114,7 @@ class Chat(Sampled):
     """POST /v1/chat/completions."""
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=limits.TURNS)]
-    max_completion_tokens: int | None = Field(default=None, ge=1, le=limits.TOKENS)
+    max_completion_tokens: Whole | None = Field(default=None, ge=1, le=limits.TOKENS)
     logprobs: bool | None = None
 
     @model_validator(mode="after")
@@ -123,14 +130,14 @@ class Completion(Sampled):
     """POST /v1/completions: the prompt is a question."""
 
     prompt: Text
-    logprobs: int | None = Field(default=None, ge=0, le=5)
+    logprobs: Whole | None = Field(default=None, ge=0, le=5)
 
 
 class Retrieve(Body):
     """POST /v1/retrieve."""
 
     query: Text
-    k: Annotated[int, Field(ge=1, le=limits.K)] | None = None
+    k: Annotated[Whole, Field(ge=1, le=limits.K)] | None = None
     namespaces: Namespaces | None = None
 
 
@@ -146,7 +153,7 @@ class Rerank(Body):
     model: Name | None = None
     query: Text
     documents: Annotated[list[Text | Passage], Field(min_length=1, max_length=limits.INPUTS)]
-    top_n: int | None = Field(default=None, ge=1, le=limits.INPUTS)
+    top_n: Whole | None = Field(default=None, ge=1, le=limits.INPUTS)
     return_documents: bool | None = None
 
 
@@ -171,7 +178,7 @@ class Embeddings(Body):
     encoding_format: Literal["float", "base64"] | None = None
     input_type: Literal["query", "document"] | None = None
     """a question, or a passage: the two are embedded differently; default: document"""
-    dimensions: int | None = Field(default=None, ge=1, le=1 << 20)
+    dimensions: Whole | None = Field(default=None, ge=1, le=1 << 20)
     """only the encoder's own"""
 
     @property

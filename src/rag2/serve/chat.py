@@ -9,7 +9,7 @@ from starlette.responses import Response, StreamingResponse
 
 from rag2.answering.ask import Answer, Ask
 from rag2.generator.prompt import GAP, Prompt
-from rag2.serve import replies
+from rag2.serve import documented, replies
 from rag2.serve.bodies import Chat, Completion, Message, Sampled
 from rag2.serve.errors import ApiError
 from rag2.serve.events import Events, unless_gone
@@ -24,7 +24,7 @@ def router(serving: Serving) -> APIRouter:
     """The endpoints that write."""
     routes = APIRouter(tags=["answers"])
 
-    @routes.post("/v1/chat/completions")
+    @routes.post("/v1/chat/completions", responses=documented.streamed(documented.ChatAnswer))
     async def chat(body: Chat, request: Request) -> Response:
         """Answer the last message from documents; earlier ones are its context."""
         question = body.messages[-1].text
@@ -54,7 +54,7 @@ def router(serving: Serving) -> APIRouter:
             return streamed(serving, body, asks, head, delta, first)
         return await whole(serving, request, asks, head, message)
 
-    @routes.post("/v1/completions")
+    @routes.post("/v1/completions", responses=documented.streamed(documented.TextAnswer))
     async def complete(body: Completion, request: Request) -> Response:
         """Answer a question, which is the prompt, from documents."""
         asks = asked(body, body.prompt, "", body.max_tokens)

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Path, Query, Request
 from starlette.responses import Response
 
-from rag2.serve import limits, replies
+from rag2.serve import documented, limits, replies
 from rag2.serve.bodies import Documents
 from rag2.serve.errors import ApiError
 from rag2.serve.serving import Serving
@@ -24,7 +24,7 @@ def router(serving: Serving) -> APIRouter:
     async def place() -> dict[str, Any]:
         return replies.where(await serving.place())
 
-    @routes.get("/v1/documents")
+    @routes.get("/v1/documents", responses=documented.json(documented.Listing))
     async def listed(namespace: Namespace = "", after: After = "", limit: Limit = 100) -> Response:
         """Documents in the order of their ids, those after `after`."""
         rag = serving.rag
@@ -32,7 +32,7 @@ def router(serving: Serving) -> APIRouter:
         data = [{"id": d.id, "title": d.title, "characters": len(d.text)} for d in found[:limit]]
         return replies.Reply({"object": "list", "data": data, "has_more": len(found) > limit})
 
-    @routes.get("/v1/documents/{id:path}")
+    @routes.get("/v1/documents/{id:path}", responses=documented.json(documented.Shown))
     async def shown(id: Id, namespace: Namespace = "") -> Response:
         """A document, whole."""
         rag = serving.rag
@@ -42,7 +42,7 @@ def router(serving: Serving) -> APIRouter:
         told = {"id": document.id, "title": document.title, "text": document.text}
         return replies.Reply({**told, "metadata": document.metadata, "namespace": namespace})
 
-    @routes.post("/v1/documents")
+    @routes.post("/v1/documents", responses=documented.json(documented.Changed))
     async def put(body: Documents, request: Request) -> Response:
         """Add documents, or replace those whose text differs; the next question knows them."""
         serving.authorize(request)
@@ -53,7 +53,7 @@ def router(serving: Serving) -> APIRouter:
         counts = {"added": done.added, "updated": done.updated, "unchanged": done.unchanged}
         return replies.Reply({**counts, "chunks": done.chunks, "rag2": await place()})
 
-    @routes.delete("/v1/documents/{id:path}")
+    @routes.delete("/v1/documents/{id:path}", responses=documented.json(documented.Removed))
     async def removed(id: Id, request: Request, namespace: Namespace = "") -> Response:
         """Remove a document; the next question does not know it."""
         serving.authorize(request)
@@ -69,7 +69,7 @@ def router(serving: Serving) -> APIRouter:
             raise _missing(id)
         return replies.Reply({"deleted": True, "id": id, "chunks": chunks, "rag2": await place()})
 
-    @routes.post("/v1/refresh")
+    @routes.post("/v1/refresh", responses=documented.json(documented.Refreshed))
     async def refreshed(request: Request) -> Response:
         """Build an index of all documents as they are now and swap it in."""
         serving.authorize(request)

@@ -10,7 +10,7 @@ import numpy as np
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from rag2.serve import replies
+from rag2.serve import documented, replies
 from rag2.serve.bodies import Embeddings, Rerank, Retrieve, Score
 from rag2.serve.errors import ApiError
 from rag2.serve.serving import Serving
@@ -20,7 +20,7 @@ def router(serving: Serving) -> APIRouter:
     """The endpoints that read."""
     routes = APIRouter(tags=["search"])
 
-    @routes.post("/v1/retrieve")
+    @routes.post("/v1/retrieve", responses=documented.json(documented.Found))
     async def retrieve(body: Retrieve, request: Request) -> Response:
         """The best chunks of a query; `prior` is p(z|x) among them."""
         rag = serving.rag
@@ -36,8 +36,8 @@ def router(serving: Serving) -> APIRouter:
         said = {"object": "list", "query": body.query, "results": results, "rag2": where}
         return replies.Reply(said)
 
-    @routes.post("/rerank")
-    @routes.post("/v1/rerank")
+    @routes.post("/rerank", responses=documented.json(documented.Ranking))
+    @routes.post("/v1/rerank", responses=documented.json(documented.Ranking))
     async def rerank(body: Rerank, request: Request) -> Response:
         """Documents by relevance: p(document | query) among those given."""
         rag = serving.rag
@@ -61,7 +61,7 @@ def router(serving: Serving) -> APIRouter:
         meta = {"api_version": {"version": "2"}, "billed_units": {"search_units": 1}}
         return replies.Reply({"id": uuid.uuid4().hex, "results": results, "meta": meta})
 
-    @routes.post("/v1/score")
+    @routes.post("/v1/score", responses=documented.json(documented.Scores))
     async def score(body: Score, request: Request) -> Response:
         """log p(choice | question) in nats, as the comparison of arms computes it."""
         rag = serving.rag
@@ -82,7 +82,7 @@ def router(serving: Serving) -> APIRouter:
         where = replies.where(scored.place)
         return replies.Reply({**said, "choices": choices, "citations": cited, "rag2": where})
 
-    @routes.post("/v1/embeddings")
+    @routes.post("/v1/embeddings", responses=documented.json(documented.Embedded))
     async def embeddings(body: Embeddings, request: Request) -> Response:
         """Embeddings of documents, or of queries with input_type=query."""
         rag = serving.rag

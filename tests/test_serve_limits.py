@@ -1,0 +1,115 @@
+"""What is too large, too deep, too many or too slow costs next to nothing and hurts nobody else."""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import serve_faults
+import storm_limits
+from rag2.answering.rag import Rag
+from rag2.serve import server as module
+from rag2.serve.errors import ApiError
+from rag2.serve.guard import check_json
+from rag2.serve.limits import Limits
+from rag2.serve.server import Server
+from small_systems import served, small_system
+from wire import Reader, asked, check_error, connected, exchange, request
+
+
+@pytest.fixture(scope="module")
+def system(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rag]:
+    """Random models over the small world."""
+    with small_system(home, tmp_path_factory.mktemp("limited"), max_new_tokens=2) as rag:
+        yield rag
+
+
+@pytest.fixture(scope="module")
+def server(system: Rag) -> Iterator[Server]:
+    """A server of it."""
+    with served(system) as server:
+        yield server
+
+
+def test_every_number_beyond_its_bounds_is_422(server: Server):
+    wrong = [case for case in storm_limits.beyond(server.address, _refused()) if case["wrong"]]
+    assert not wrong
+
+
+def _refused() -> list[storm_limits.Case]:
+    return [case for case in storm_limits.numbers() if case[2] == {422}]
+
+
+@pytest.mark.parametrize("case", storm_limits.bombs() + storm_limits.sizes(), ids=lambda c: c[0])
+def test_what_is_too_large_is_refused(server: Server, case: storm_limits.Case):
+    (got,) = storm_limits.beyond(server.address, [case])
+    assert not got["wrong"]
+
+
+def test_a_bomb_is_not_parsed(seed: int):
+    keys = "{" + ",".join(f'"{n:x}":0' for n in range(400_000)) + "}"
+    for text in (keys, "[" * 200_000, '{"a":"' + ',"a":'.join(['"'] * 300_000)):
+        began = time.process_time()
+        with pytest.raises(ApiError, match="more than 65536 values"):
+            check_json(text.encode(), 64, 1 << 16)
+        # Parsing the first takes 200 ms of a core of 2023; the bound has room for a busy machine.
+        assert time.process_time() - began < 0.15
+
+
+def test_commas_in_a_text_are_not_values():
+    check_json(b'{"text": "' + b"a, [b]: {c}, " * 20_000 + b'\\", \\\\"}', 64, 1 << 16)
+
+
+def test_a_body_is_refused_before_it_is_sent(server: Server):
+    head = request("POST", "/v1/retrieve", headers={"content-length": str(1 << 30)})
+    with connected(server.address, 5) as line:
+        line.sendall(head)
+        got = Reader(line).next()
+    assert got is not None and got.status == 413
+    check_error(got)
+
+
+def test_bodies_are_bounded_together(system: Rag):
+    with served(system, Limits(bodies=1 << 20)) as server:
+        part = request("POST", "/v1/retrieve", b"a" * (700 << 10))
+        with connected(server.address) as first, connected(server.address) as second:
+            first.sendall(part[:-10])
+            time.sleep(0.2)
+            second.sendall(part[:-10])
+            got = Reader(second).next()
+            assert got is not None and got.status == 429
+            check_error(got)
+            first.sendall(part[-10:])
+            other = Reader(first).next()
+            assert other is not None and other.status == 422
+        assert asked(server.address, "POST", "/v1/retrieve", {"query": "a"}).status == 200
+
+
+def test_requests_on_one_connection_are_answered_in_order(server: Server):
+    assert [got.status for got in storm_limits.pipelined(server.address)] == [200, 404, 200]
+
+
+def test_slow_clients_are_closed_and_others_do_not_notice(system: Rag, seed: int):
+    with served(system, Limits(read_seconds=1)) as server:
+        slow = storm_limits.Slow(server.address, 10, seed, 15)
+        slow.start()
+        healthy = storm_limits.healthy(server.address, 1.5)
+        slow.join()
+        assert not slow.left and healthy
+        assert {kind for kind, _ in slow.closed} == {"silent", "headers", "body", "chunks", "deaf"}
+        # Deaf ones first get what fits into the buffers on the way.
+        assert all(0.9 < seconds < 5 for kind, seconds in slow.closed if kind != "deaf")
+        assert exchange(server.address, request("GET", "/health")) is not None
+
+
+def test_the_slow_are_found_where_nothing_closes_them(
+    system: Rag, monkeypatch: pytest.MonkeyPatch, seed: int
+):
+    monkeypatch.setattr(module, "protocol", module.protocol)
+    serve_faults.no_patience()
+    with served(system, Limits(read_seconds=1)) as server:
+        slow = storm_limits.Slow(server.address, 5, seed, 2.5)
+        slow.start()
+        slow.join()
+        assert len(slow.left) >= 4

@@ -4,7 +4,7 @@ import importlib.util
 import os
 import random
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -173,6 +173,18 @@ def recipe() -> Callable[[str], ModuleType]:
         return loaded[path]
 
     return load
+
+
+@pytest.fixture(scope="session")
+def towns(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a server whose system was trained to answer what it reads."""
+    import reading
+    from rag2.answering.rag import Rag
+    from small_systems import served
+
+    export = reading.export(tmp_path_factory.mktemp("towns"))
+    with Rag.from_pretrained(export) as rag, served(rag) as server:
+        yield server.address
 
 
 @pytest.fixture

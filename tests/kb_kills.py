@@ -8,7 +8,7 @@ Change n follows from the seed, n and what is there, so that the state after ver
 without asking the file. The writer commits groups of changes, tells the version after each, and
 compacts now and then. After every kill the file must hold what was told (none lost) and be exactly
 the state of its version (no phantom); the next writer goes on from there. `--fault` plants a
-mistake, which must be found. The last line is JSON.
+mistake, which must be found. The last line is JSON. `live_kills.py` does it to a live index.
 """
 
 import argparse
@@ -36,6 +36,8 @@ from rag2.types import Document
 
 FAULTS = ("told before the commit", "no transaction")
 CHUNKER = Lines()
+# A kill takes nothing from the system's cache: that a file is synced makes no difference to it.
+MEMORY = Path("/dev/shm") if Path("/dev/shm").is_dir() else None
 
 
 def change(seed: int, n: int, live: dict[str, str]) -> tuple[str, str | None]:
@@ -81,16 +83,35 @@ def write(path: Path, seed: int, told: int, fault: str | None) -> None:
                 kb.compact()
 
 
-def killed(folder: Path, kills: int, seed: int, fault: str | None) -> dict[str, Any]:
-    """What came of so many kills of writers of one file."""
+# (the file, what it must hold, what each version removed, the last compaction) -> what is wrong
+Look = Callable[[Path, dict[str, str], dict[int, list[str]], int], list[str]]
+
+
+def killed(
+    folder: Path,
+    kills: int,
+    seed: int,
+    fault: str | None,
+    write: Callable[[Path, int, int, str | None], None] = write,
+    look: Look = lambda *_: [],
+    longest: float = 0.06,
+) -> dict[str, Any]:
+    """What came of so many kills of writers of one file, which live so many seconds at most."""
     path, dice = folder / "kb.sqlite", random.Random(seed)
     KnowledgeBase(path, create=True).close()
     live: dict[str, str] = {}
+    gone: dict[int, list[str]] = {}
     version = acknowledged = done = 0
     tally: Counter[str] = Counter()
     wrong: list[str] = []
     while done < kills and not wrong:
-        told = last_told(path, seed, fault, dice.uniform(0, 0.06))
+        try:
+            told, compacted = last_told(
+                lambda pipe: write(path, seed, pipe, fault), dice.uniform(0, longest)
+            )
+        except Ended:
+            wrong.append(f"kill {done + 1}: the writer ended by itself")
+            break
         acknowledged += max(told - version, 0)
         done += 1
         with KnowledgeBase(path) as kb:
@@ -100,9 +121,12 @@ def killed(folder: Path, kills: int, seed: int, fault: str | None) -> dict[str, 
                 break
             tally["beyond what was told"] += found > max(told, version)
             for n in range(version + 1, found + 1):
-                apply(live, *change(seed, n, live))
+                id, text = change(seed, n, live)
+                gone[n] = [line for line in live.get(id, "").split("\n") if line]
+                apply(live, id, text)
             version = found
             wrong += [f"kill {done}: {what}" for what in differences(kb, live)]
+        wrong += [f"kill {done}: {what}" for what in look(path, live, gone, compacted)]
     return {
         "seed": seed,
         "fault": fault,
@@ -115,20 +139,27 @@ def killed(folder: Path, kills: int, seed: int, fault: str | None) -> dict[str, 
     }
 
 
-def last_told(path: Path, seed: int, fault: str | None, seconds: float) -> int:
-    """Let a writer write for a while, kill it, and return the last version that it told."""
+class Ended(Exception):
+    """A writer did, before it was killed."""
+
+
+def last_told(write: Callable[[int], None], seconds: float) -> tuple[int, int]:
+    """Let a writer write for a while, kill it: the last version and compaction that it told."""
     reading, writing = os.pipe()
-    pid = child(lambda: write(path, seed, writing, fault))
+    pid = child(lambda: write(writing))
     os.close(writing)
     heard = os.read(reading, 65536)  # it has opened the file
     time.sleep(seconds)
     os.kill(pid, signal.SIGKILL)
     _, status = os.waitpid(pid, 0)
-    assert os.WIFSIGNALED(status), "the writer ended by itself"
+    if not os.WIFSIGNALED(status):
+        raise Ended
     while more := os.read(reading, 65536):
         heard += more
     os.close(reading)
-    return int(heard.decode().split("\n")[-2])
+    lines = heard.decode().split("\n")[:-1]
+    versions = [int(line) for line in lines if not line.startswith("c")]
+    return versions[-1], max((int(line[1:]) for line in lines if line.startswith("c")), default=0)
 
 
 def differences(kb: KnowledgeBase, live: dict[str, str]) -> list[str]:
@@ -211,7 +242,7 @@ def main() -> None:
     arguments.add_argument("--writers", type=int, default=0, help="write at once; nobody is killed")
     arguments.add_argument("--commits", type=int, default=200, help="of each writer")
     asked = arguments.parse_args()
-    with tempfile.TemporaryDirectory(prefix="rag2-kills-") as folder:
+    with tempfile.TemporaryDirectory(prefix="rag2-kills-", dir=MEMORY) as folder:
         if asked.writers:
             found = together(Path(folder), asked.writers, asked.commits)
         else:

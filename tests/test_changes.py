@@ -2,6 +2,7 @@
 
 import shutil
 import sqlite3
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -165,3 +166,33 @@ def test_a_document_of_another_namespace_is_told_and_words_are_found_in_a_batch(
     with kb.batch():
         kb.put([Document("e", "wax")], chunker)
         assert len(kb.search_text("wax", 10**30)) == 2
+
+
+def test_a_file_that_another_process_upgrades_meanwhile_is_read_as_it_is_then(
+    kb, chunker, tmp_path
+):
+    kb.add([Document("a", "wax"), Document("b", "rye")], chunker)
+    kb.seal()
+    old = tmp_path / "old.sqlite"
+    shutil.copyfile(tmp_path / "kb.sqlite", old)
+    old_file(old)
+    with closing(sqlite3.connect(old)) as db:
+        db.execute("PRAGMA journal_mode = WAL")  # else who writes waits for who reads
+    with KnowledgeBase(old) as reader, KnowledgeBase(old) as late, KnowledgeBase(old) as writer:
+        with late.reading():
+            before = late.content_hash()
+            writer.put([Document("c", "wax of acme")], chunker, "acme")
+            assert late.content_hash() == before and late.version == 1  # of one state still
+            assert late.namespaces() == [""] and len(late.search_text("wax", 9)) == 1
+        for one in (reader, late):
+            assert one.namespaces() == ["", "acme"] and one.version == 2
+            assert {*one.alive().values()} == {"", "acme"}
+            assert len(one.search_text("wax", 9)) == 2
+            assert [id for id, _ in one.search_text("wax", 9, ["acme"])] == [3]
+            assert one.content_hash() == writer.content_hash() != before
+            with one.reading():
+                assert len(one.search_text("wax", 9)) == 2 and one.namespaces() == ["", "acme"]
+        news = reader.since(1)
+        assert news and [(space, chunk.id) for space, chunk in news.added] == [("acme", 3)]
+        reader.put([Document("d", "salt")], chunker, "acme")
+        assert len(list(late.documents("acme"))) == 2

@@ -138,3 +138,14 @@ def test_purge_drops_the_generations_that_hold_what_is_gone(tmp_path: Path):
     assert [path.name for path in where.iterdir()] == ["000001"]  # the pointer named one of them
     loaded = folder.newest(where, "hashed")
     assert isinstance(loaded, Generation) and artifact.is_complete(where / "000001")
+
+
+def test_purge_takes_what_a_killed_writer_left_and_not_what_is_being_written(tmp_path: Path):
+    where = tmp_path / "generations"
+    dead = where / ".000004.staging-dead"
+    dead.mkdir(parents=True)
+    (dead / "chunks.arrow").write_bytes(canary(1).encode())
+    with artifact.committing(where / "000005", kind="generation") as staging:
+        (staging / "chunks.arrow").write_bytes(b"new")
+        assert folder.purge(where, []) == [dead] and traces(where, 2) == []
+    assert [path.name for path in where.iterdir()] == ["000005"]

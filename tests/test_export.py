@@ -18,8 +18,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import small_runs
 from exports import by_hand, exported, parts
 from rag2 import artifact
+from rag2.answering import reading, schemas
 from rag2.answering.exported import Exported
-from rag2.export import foreign
+from rag2.export import folders, foreign
 from rag2.export.source import of_run
 from rag2.export.write import write
 from rag2.generator.load import Generator
@@ -30,6 +31,7 @@ from rag2.retrieval import Dense
 from rag2.retriever.embed import embed_corpus
 from rag2.retriever.encoder import DualEncoder, EncoderConfig
 from rag2.types import Document
+from small_models import CONFIGS, SPECIAL, build, small_tokenizer
 from small_world import SHAPE
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of sentence-transformers about itself
@@ -39,6 +41,7 @@ QUESTIONS = [
     "why",
     "naïve 日本語",
 ]
+PROMPTS = ("prefix", "prompt", "p_tuning")
 ENCODERS: dict[str, dict[str, Any]] = {
     "one tower": {},
     "cls and prefixes": {
@@ -93,7 +96,20 @@ def test_the_generator_is_a_plain_folder_for_transformers(tmp_path: Path, home: 
     assert Exported.open(tmp_path / "export").generator().fingerprint() == trained.fingerprint()
 
 
-@pytest.mark.parametrize("method", ["lora", "ia3", "houlsby", "prefix"])
+@pytest.mark.parametrize("family", [*CONFIGS, *SPECIAL])
+def test_a_family_of_models_loses_nothing_by_the_closed_config(
+    tmp_path: Path, seed: int, family: str
+):
+    model = build(family, tmp_path, small_tokenizer())
+    folders.write_generator(tmp_path / family, tmp_path / "export", "merge")
+    config = reading.read_json(tmp_path / "export" / "config.json")
+    sizes = reading.check_safetensors(tmp_path / "export" / "model.safetensors")
+    schemas.model(config, True, sizes)
+    ids = list(range(3, 40))
+    assert torch.equal(by_hand(Generator.load(tmp_path / "export").model, ids), by_hand(model, ids))
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "ia3", "houlsby", *PROMPTS])
 @pytest.mark.parametrize("adapters", ["merge", "keep"])
 def test_adapters_are_merged_or_kept_and_compute_the_same(
     tmp_path: Path, home: Path, seed: int, method: str, adapters: Any
@@ -106,7 +122,7 @@ def test_adapters_are_merged_or_kept_and_compute_the_same(
             weight.data += 0.05 * torch.randn_like(weight)
     tuned.save(source.generator)
     out = tmp_path / "export"
-    if adapters == "merge" and method in ("houlsby", "prefix"):
+    if adapters == "merge" and method in ("houlsby", *PROMPTS):
         with pytest.raises(UserError, match="cannot be merged .*--adapters keep"):
             write(source, out, index="torch", adapters=adapters)
         assert not out.exists()
@@ -117,10 +133,10 @@ def test_adapters_are_merged_or_kept_and_compute_the_same(
     shutil.rmtree(base)
     out = out.rename(tmp_path / "moved")  # the base lies inside, wherever that is
     found = by_hand(Exported.open(out).generator().model, ids)
-    assert (found - expected).abs().max() <= 1e-5
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     if adapters == "merge":
         plain = AutoModelForCausalLM.from_pretrained(out / "generator").eval()
-        assert (by_hand(plain, ids) - expected).abs().max() <= 1e-5
+        torch.testing.assert_close(by_hand(plain, ids), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_an_adapter_without_its_base_is_refused(tmp_path: Path, home: Path):
@@ -156,12 +172,12 @@ def test_a_run_comes_back_as_it_was_committed(tmp_path: Path, run: Path, home: P
     )
 
 
-def test_the_same_run_gives_the_same_bytes(tmp_path: Path, run: Path):
+def test_the_same_run_gives_the_same_bytes(tmp_path: Path, run: Path, home: Path):
     for name in ("a", "b"):
         write(of_run(run), tmp_path / name, index="torch")
     assert Exported.open(tmp_path / "a").id == Exported.open(tmp_path / "b").id
     there = [p.read_bytes() for p in (tmp_path / "a").rglob("*") if p.is_file()]
-    here = str(tmp_path).encode(), str(run.parent).encode()
+    here = [str(path).encode() for path in (tmp_path, run.parent, home)]
     assert not [data for data in there if any(path in data for path in here)]  # no path of ours
 
 
@@ -194,10 +210,10 @@ def test_what_validation_chose_is_how_it_answers(tmp_path: Path, run: Path):
     write(source, tmp_path / "export", index="torch")
     assert Exported.open(tmp_path / "export").settings == settings
     text = (tmp_path / "export" / "README.md").read_text()
-    card = ModelCard(text)
-    (result,) = card.data.eval_results  # pyright: ignore[reportGeneralTypeIssues]
+    card: Any = ModelCard(text)
+    (result,) = card.data.eval_results
     assert result.metric_value == 0.875 and card.data.library_name == "rag2"
-    assert "| **joint** (this one) | 0.875 | 0.850 - 0.900 | 3 | 0.500 |" in text
+    assert "| **`joint`** (this one) | 0.875 | 0.850 - 0.900 | 3 | 0.500 |" in text
     assert "<b>" not in text and "chosen on validation questions" in text
     results["arms"].pop("joint")
     (tmp_path / "results.json").write_text(json.dumps(results))
@@ -250,7 +266,7 @@ def test_an_encoder_of_sentence_transformers_is_read_as_it_says_itself(
     assert not (theirs / "rag2_encoder.json").exists()
     found, encoder = foreign.of_parts(theirs, source.generator, source.kb)
     assert encoder is not None and encoder.max_chunk_tokens == 80
-    assert encoder.model_dump(include=given.keys()) == given
+    assert encoder.model_dump(include=set(given)) == given
     write(found, tmp_path / "b", index="torch", encoder=encoder)
     ours = embed_corpus(Exported.open(tmp_path / "b").retriever(), QUESTIONS, side="question")
     assert np.abs(ours - SentenceTransformer(str(theirs)).encode_query(QUESTIONS)).max() <= 1e-5

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,32 +24,55 @@ SOURCES = [HELPERS.parents[1] / "src", HELPERS.parents[1] / "kernels", HELPERS]
 @pytest.fixture(scope="module")
 def good(tmp_path_factory: pytest.TempPathFactory, home: Path) -> Path:
     """The export of a small system."""
-    return exported(home, tmp_path_factory.mktemp("good")).directory
+    return exported(home, tmp_path_factory.mktemp("good"), index="flat").directory
 
 
-def audited(
-    good: Path, paths: list[Path], folder: Path, *plant: str, parts: list[str] | None = None
-) -> list[dict[str, Any]]:
-    """What came of loading each in a process of its own that is watched; the good one is first."""
-    folder.mkdir(parents=True)
-    (folder / "list.json").write_text(
-        json.dumps(list(zip(map(str, paths), parts or ["all"] * len(paths), strict=True)))
-    )
-    script = [str(HELPERS / "audited.py"), str(good), "list.json", "out.json", *plant]
-    run = (
-        f"import sys, runpy; sys.path[:0] = {[str(p) for p in SOURCES]!r}; sys.argv[:] = {script!r}"
-    )
-    code = f"{run}; runpy.run_path({script[0]!r}, run_name='__main__')"
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=3000
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads((folder / "out.json").read_text())
-    assert found["first"] == "loaded", found["first"]
-    # What pickles and modules of ours do when they run.
-    assert not (folder / "unpickled").exists() or plant, "something was unpickled"
-    assert not (folder / "executed").exists() or plant, "something was executed"
-    return found["rows"]
+class Audited:
+    """A process that loads exports and is watched while it does."""
+
+    def __init__(self, good: Path, folder: Path) -> None:
+        self.folder = folder
+        script = [str(HELPERS / "audited.py"), str(good)]
+        paths = [str(path) for path in SOURCES]
+        run = f"import sys, runpy; sys.path[:0] = {paths!r}; sys.argv[:] = {script!r}"
+        code = f"{run}; runpy.run_path({script[0]!r}, run_name='__main__')"
+        with (folder / "stderr").open("w") as errors:
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", code],
+                cwd=folder,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+            )
+        assert self._answer() == "loaded"
+
+    def __call__(self, path: Path, part: str = "all", spoiled: str | None = None) -> dict[str, Any]:
+        """What came of loading a part of an export, and what was seen."""
+        assert self.process.stdin
+        self.process.stdin.write(json.dumps([str(path), part, spoiled]) + "\n")
+        self.process.stdin.flush()
+        answer = self._answer()
+        for trace in ("unpickled", "executed"):  # what pickles and modules of ours leave behind
+            left = self.folder / trace
+            assert spoiled == "wrong" or not left.exists(), trace
+            left.unlink(missing_ok=True)
+        return answer
+
+    def _answer(self) -> Any:
+        assert self.process.stdout
+        line = self.process.stdout.readline()
+        assert line, (self.folder / "stderr").read_text()[-3000:]
+        return json.loads(line)
+
+
+@pytest.fixture(scope="module")
+def audited(good: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Audited]:
+    """Such a process, which has loaded the good export."""
+    watched = Audited(good, tmp_path_factory.mktemp("audit"))
+    yield watched
+    watched.process.kill()
+    watched.process.communicate()
 
 
 @pytest.mark.parametrize("name", HOSTILE)
@@ -62,41 +86,31 @@ def test_a_hostile_export_is_refused_in_one_line(tmp_path: Path, good: Path, nam
     assert any(part in line for part in reason.split("|")), line
 
 
-def test_no_hostile_export_runs_reaches_out_or_writes(tmp_path: Path, good: Path):
-    paths = [
-        hostile(good, tmp_path / f"{i}", change, seal="listed" not in change.__qualname__)
-        for i, (change, _) in enumerate(HOSTILE.values())
-    ]
+def test_no_hostile_export_runs_reaches_out_or_writes(tmp_path: Path, good: Path, audited: Audited):
     before = files(good)
-    first, *rows = audited(good, paths, tmp_path / "audit")
-    assert first["told"] == "loaded" and not first["seen"], first["seen"]
+    assert audited(good) == {"told": "loaded", "seen": []}
     assert files(good) == before
-    for name, row in zip(HOSTILE, rows, strict=True):
-        assert row["told"].startswith("refused: "), (name, row["told"])
-        assert not row["seen"], (name, row["seen"])
+    for number, (name, (change, _)) in enumerate(HOSTILE.items()):
+        seal = "listed" not in change.__qualname__
+        found = audited(hostile(good, tmp_path / f"{number}", change, seal))
+        assert found["told"].startswith("refused: ") and not found["seen"], (name, found)
 
 
 def test_a_changed_byte_in_any_file_is_refused_before_anything_looks_at_it(
-    tmp_path: Path, good: Path, dice: random.Random
+    tmp_path: Path, good: Path, dice: random.Random, audited: Audited
 ):
     names = sorted(p.relative_to(good) for p in good.rglob("*") if p.is_file())
-    paths = []
+    assert len(names) > 20
     for number, name in enumerate(names):
-
-        def flip(directory: Path, name: Path = name) -> None:
-            data = bytearray((directory / name).read_bytes())
-            data[dice.randrange(len(data))] ^= 1 << dice.randrange(8)
-            (directory / name).write_bytes(data)
-
-        paths.append(hostile(good, tmp_path / f"{number}", flip, seal=False))
-    assert len(paths) > 20
-    rows = audited(good, paths, tmp_path / "audit", "reached")[1:]
-    for name, row in zip(names, rows, strict=True):
-        assert row["told"].startswith("refused: "), (name, row["told"])
-        assert not row["seen"], (name, row["seen"])
+        path = hostile(good, tmp_path / f"{number}", lambda _: None, seal=False)
+        data = bytearray((path / name).read_bytes())
+        data[dice.randrange(len(data))] ^= 1 << dice.randrange(8)
+        (path / name).write_bytes(data)
+        found = audited(path, spoiled="reached")
+        assert found["told"].startswith("refused: ") and not found["seen"], (name, found)
 
 
-def test_the_audit_sees_a_loader_that_is_wrong(tmp_path: Path, good: Path):
+def test_the_audit_sees_a_loader_that_is_wrong(tmp_path: Path, good: Path, audited: Audited):
     planted = {
         "evil.npy": (NPY.getvalue(), "pickle.find_class"),
         "a/evil.npy": (NPY.getvalue(), "os.system"),
@@ -107,40 +121,33 @@ def test_the_audit_sees_a_loader_that_is_wrong(tmp_path: Path, good: Path):
         "e/evil.py": (b"import subprocess; subprocess.run(['true'])", "subprocess.Popen"),
         "evil.txt": (b"", "open for writing"),
     }
-    paths = [
-        hostile(good, tmp_path / f"{number}", put(name, content))
-        for number, (name, (content, _)) in enumerate(planted.items())
-    ]
-    first, *rows = audited(good, paths, tmp_path / "audit", "wrong")
-    assert not first["seen"]
-    for (name, (_, trace)), row in zip(planted.items(), rows, strict=True):
-        assert any(trace in what for what in row["seen"]), (name, row)
+    for number, (name, (content, trace)) in enumerate(planted.items()):
+        path = hostile(good, tmp_path / f"{number}", put(name, content))
+        found = audited(path, spoiled="wrong")
+        assert any(trace in what for what in found["seen"]), (name, found)
+        assert not audited(path)["seen"]
 
 
 @pytest.mark.parametrize("count", [200, pytest.param(4000, marks=pytest.mark.slow)])
 def test_random_changes_are_refused_or_harmless(
-    tmp_path: Path, good: Path, dice: random.Random, count: int
+    tmp_path: Path, good: Path, dice: random.Random, count: int, audited: Audited
 ):
     told: Counter[str] = Counter()
-    for start in range(0, count, 500):
-        paths, notes = [], []
-        for number in range(start, min(start + 500, count)):
-            paths.append(tmp_path / f"{number}")
-            hostile(good, paths[-1], lambda d, notes=notes: notes.append(mutated(dice, d)))
-        parts = [part for part, _ in notes]
-        rows = audited(good, paths, tmp_path / f"audit{start}", parts=parts)[1:]
-        for path, (_, note), row in zip(paths, notes, rows, strict=True):
-            kind = row["told"].partition(":")[0]
-            assert kind in ("refused", "parsed", "loaded"), (note, row["told"])
-            assert not row["seen"], (note, row["seen"])
-            told[kind] += 1
-            shutil.rmtree(path)
+    for number in range(count):
+        path, notes = tmp_path / f"{number}", []
+        hostile(good, path, lambda d, notes=notes: notes.append(mutated(dice, d)))
+        part, note = notes[0]
+        found = audited(path, part)
+        kind = found["told"].partition(":")[0]
+        assert kind in ("refused", "parsed", "loaded") and not found["seen"], (note, found)
+        told[kind] += 1
+        shutil.rmtree(path)
     print(told)  # noqa: T201 (pytest shows it with -s)
     assert told["refused"] > count / 3
 
 
 def test_an_encoder_that_did_not_make_the_index_is_refused(tmp_path: Path, good: Path, home: Path):
-    other = exported(home, tmp_path / "other").directory
+    other = exported(home, tmp_path / "other", index="flat").directory
 
     def swap(directory: Path) -> None:
         shutil.rmtree(directory / "retriever")

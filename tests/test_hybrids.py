@@ -339,6 +339,24 @@ def test_the_weight_is_the_one_whose_chunks_answer_most_validation_questions(
     assert weighed(1, 2, 3, 4)[0] == weighed()[0] == 0.5  # of equals
 
 
+@pytest.mark.parametrize("ks", [[1, 3], [3, 1]])
+def test_a_weight_is_tried_with_as_many_chunks_as_any_k_reads(
+    monkeypatch: pytest.MonkeyPatch, ks: list[int]
+):
+    asked, widths = [Question(f"q{n}", "?", ("a", "b"), 0) for n in range(4)], set()
+
+    def measured(questions: Any, found: Found, reader: Any, concat: Any) -> Scores:
+        widths.add(found.ids_QK.shape[1])
+        helps_QK = np.broadcast_to(np.arange(found.ids_QK.shape[1]) == 2, found.ids_QK.shape)
+        logp_QKC = np.log(np.where(helps_QK[..., None], [0.99, 0.01], [0.49, 0.51]))
+        return Scores(logp_QKC, logp_QKC[:, 0] * 0 - 1.0, found.scores_QK, found.ids_QK)
+
+    monkeypatch.setattr(arms, "evaluate", measured)
+    dense, lexical = Listed(c1=4.0, c2=3.0, c3=2.0, c4=1.0), Listed(c4=4.0, c3=3.0, c2=2.0, c1=1.0)
+    trial.weighed(Fused(dense, lexical, 4), asked, cast(Any, None), ks, ["marginal"])
+    assert widths == {3}
+
+
 def test_fewer_fused_chunks_are_the_first_of_more(rng):
     lists = [
         Listed(**{f"c{i}": -float(n) for n, i in enumerate(rng.permutation(300))}) for _ in range(2)

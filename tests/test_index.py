@@ -262,3 +262,62 @@ def test_shards_within_shards_and_unknown_kinds_are_refused():
     for inner in ("shards", "milvus", "flatt"):
         with pytest.raises(ValueError, match="inner"):
             Shards.model_validate({"inner": {"name": inner}})
+
+
+class Half(TorchExact):
+    """Finds its candidates in half precision, and says how far off that may be."""
+
+    def fill(self, blocks):
+        index = super().fill(blocks)
+        exact = type(index)
+
+        class Rough(exact):
+            def candidates(self, queries_BD, m):
+                half = self.vectors(np.arange(len(self))).astype(np.float16).astype(np.float32)
+                scores_BN = queries_BD @ half.T
+                rows_BM = np.argsort(-scores_BN, axis=1, kind="stable")[:, :m]
+                return np.take_along_axis(scores_BN, rows_BM, axis=1), rows_BM
+
+            def rounding(self, queries_BD):
+                return 3 * 2.0**-10 * np.linalg.norm(queries_BD, axis=1) * self.max_norm
+
+        index.__class__ = Rough
+        return index
+
+
+def test_shards_trust_candidates_no_further_than_the_least_exact_of_them(rng):
+    embeddings = unit(rng, 1, 16) + 1e-6 * rng.normal(size=(400, 16))  # all near-ties
+    embeddings, queries = embeddings.astype(np.float32), unit(rng, 10, 16)
+    shards = Shards(count=3).model_copy(update={"inner": Half()}).build(embeddings, np.arange(400))
+    for k in (1, 10):
+        found = shards.search(queries, k)
+        for a, b in zip(found, brute_force(embeddings, np.arange(400), queries, k), strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+class Gaps(TorchExact):
+    """Pads its lists from the second place on, with scores that mean nothing."""
+
+    def fill(self, blocks):
+        index = super().fill(blocks)
+        exact = type(index)
+
+        class Padded(exact):
+            exact = False
+
+            def candidates(self, queries_BD, m):
+                scores_BM, rows_BM = super().candidates(queries_BD, m)
+                padded = np.arange(m)[None] % 2 == 1
+                return np.where(padded, 1e9, scores_BM), np.where(padded, -1, rows_BM)
+
+        index.__class__ = Padded
+        return index
+
+
+def test_places_that_a_shard_leaves_empty_take_none_from_the_others(rng):
+    embeddings, queries = unit(rng, 200, 8), unit(rng, 10, 8)
+    shards = Shards(count=4).model_copy(update={"inner": Gaps()}).build(embeddings, np.arange(200))
+    scores_BM, rows_BM = shards.candidates(queries, 20)
+    assert (rows_BM >= 0).all() and (np.diff(scores_BM, axis=1) <= 0).all()
+    first = np.take_along_axis(queries @ embeddings.T, rows_BM, axis=1)
+    np.testing.assert_allclose(scores_BM, first, rtol=1e-5)

@@ -334,34 +334,6 @@ def test_too_many_dimensions_for_a_graph_in_postgres_are_told_with_what_to_do(
     np.testing.assert_array_equal(index.search(vectors, 1)[1][:, 0], [0, 1, 2])
 
 
-@pytest.mark.parametrize(
-    ("module", "backend"),
-    [("pymilvus", Milvus()), ("milvus_lite", Milvus(uri="x.db")), ("psycopg", PGVector())],
-    ids=["pymilvus", "milvus_lite", "psycopg"],
-)
-def test_a_missing_extra_is_named(
-    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, module: str, backend: Remote
-):
-    monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(UserError, match=rf"pip install 'rag2\[{backend.name}\]'"):  # type: ignore[attr-defined]
-        backend.build(unit(rng, 3, 4), np.arange(3))
-
-
-@pytest.mark.parametrize(
-    ("cls", "settings", "message"),
-    [
-        (Milvus, {"uri": "http://me:secret@host:19530"}, "MILVUS_TOKEN"),
-        (Milvus, {"uri": "localhost:19530"}, "neither a URL nor"),
-        (PGVector, {"dsn": "postgresql://me:secret@host/db"}, "PGPASSWORD"),
-        (PGVector, {"dsn": "host=h password=secret"}, "PGPASSWORD"),
-        (PGVector, {"links": 40}, "at least 2 links = 80"),
-    ],
-)
-def test_secrets_and_impossible_settings_are_refused(cls, settings: dict, message: str):
-    with pytest.raises(ValueError, match=message):
-        cls.model_validate(settings)
-
-
 @pytest.mark.slow
 def test_a_process_that_ends_without_saving_takes_its_collection_along_silently(
     dsn: str, served: str

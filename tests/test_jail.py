@@ -1,7 +1,10 @@
 """Hostile files: one reason each, in bounded time and memory, and the next file is read."""
 
 import gzip
+import json
+import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -181,3 +184,21 @@ def test_what_lies_in_the_folder_that_is_read_is_never_run(tmp_path, monkeypatch
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'{"text": "wax"}\n'))
     monkeypatch.chdir(tmp_path)
     assert "ok wax" in outcomes(tmp_path).values() and not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("parser", ["endless", "silent"])
+def test_a_child_whose_parent_is_gone_ends_by_itself(tmp_path, parser: str):
+    request = {"parser": f"failing_parsers:{parser}", "path": str(tmp_path), "name": "a"}
+    with subprocess.Popen(
+        [sys.executable, "-P", "-m", "rag2.kb.jail", str(2**30), "0.1"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    ) as orphan:  # nobody reads what it says, or kills it
+        assert orphan.stdin is not None
+        orphan.stdin.write(json.dumps(request).encode() + b"\n")
+        orphan.stdin.flush()
+        try:
+            assert orphan.wait(timeout=15) == -signal.SIGALRM
+        finally:
+            orphan.kill()

@@ -76,16 +76,16 @@ class Words:
 @pytest.mark.parametrize("count", [20, 300])  # lists that hold all chunks, and the best 100
 def test_it_is_fused_over_the_same_chunks(live: Live, rng: np.random.Generator, count: int):
     grown(live, rng, count)
-    asked = [*texts(rng, 20), "nothing of this", "", "w1 " * 50]
+    asked = [*texts(rng, 6), "nothing of this", "", "w1 " * 50]
     with KnowledgeBase(live.path) as kb:
         alive = kb.alive()
         for spaces in (None, [""], ["b", "a"]):
             ids = [id for id, space in alive.items() if spaces is None or space in spaces]
             dense = Vectors(live, ids, [kb.chunk(id).passage for id in ids])
             lexical = Words(kb, ids, spaces)
-            for weight in (0.0, 0.3, 0.5, 0.9):
+            for weight in (0.0, 0.3, 0.9):
                 fused = Fused(dense, lexical, len(ids), weight)
-                for k in (1, 7, min(len(ids), 90)):
+                for k in (7, min(len(ids), 90)):
                     wanted = fused.search([Question(text, text) for text in asked], k)
                     found = live.search(asked, k, spaces, weight)
                     np.testing.assert_array_equal(found.scores_BK, wanted[0])
@@ -117,7 +117,7 @@ def by_looking_at_all(
 def test_it_agrees_with_looking_at_everything(live: Live, rng: np.random.Generator):
     grown(live, rng, 200)
     with KnowledgeBase(live.path) as kb:
-        for text in [*texts(rng, 10), "absent"]:
+        for text in [*texts(rng, 3), "absent"]:
             for spaces in (None, ["a"], ["", "b"]):
                 for k, weight in ((5, 0.5), (60, 0.2), (200, 0.7), (10_000, 0.4)):
                     found = live.search([text], k, spaces, weight)
@@ -206,6 +206,8 @@ def mixed(live: Live, searches: int) -> list[str]:
     writer.start()
     try:
         for _ in range(searches):
+            if wrong:
+                break
             found = live.search(["wax"], 1, weight=0.0)
             held = [chunk.text for chunk in found.view.chunks.values() if "wax" in chunk.text]
             try:

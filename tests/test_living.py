@@ -4,6 +4,7 @@ import importlib.util
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -149,6 +150,35 @@ def test_a_generation_of_another_encoder_or_knowledge_base_is_refused(live: Live
     assert live.view().generation is None
 
 
+def test_a_generation_of_other_texts_is_refused_though_all_its_chunks_are_gone_here(
+    live: Live, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    KnowledgeBase(tmp_path / "b.sqlite", create=True).close()
+    with Live(tmp_path / "b.sqlite", embedder(), FLAT) as second:
+        second.add(documents(2, "other"), LINES)
+        foreign = second.snapshot().build(FLAT)
+    live.add(documents(2), LINES)
+    own = live.snapshot().build(FLAT)
+    assert foreign and own and foreign.kb_version == own.kb_version
+    live.remove(["d0", "d1"])
+    live.add([Document("new", "new")], LINES)
+    with pytest.raises(UserError, match="its chunks are others"):
+        live.swap(foreign)
+    live.swap(own)
+    assert found(live, "new", 9) == ["new"]
+    (tmp_path / "theirs").mkdir()
+    foreign.save(tmp_path / "theirs" / "000000")
+    for compacted in (False, True):  # then nothing tells whose it was
+        if compacted:
+            live.compact()
+            live.swap(own)  # is made anew
+            view = live.view()
+            assert view.generation is not own and view.base and view.base.alive_N.all()
+        with Live(live.path, embedder(), FLAT, tmp_path / "theirs") as again:
+            assert again.view().generation is None and "another knowledge base" in caplog.text
+        caplog.clear()
+
+
 def test_a_saved_generation_is_taken_up_again_and_a_damaged_one_is_not(live: Live, caplog):
     live.add(documents(4), LINES)
     live.refresh()
@@ -247,6 +277,32 @@ def test_a_compaction_by_another_process_while_a_generation_is_saved_leaves_none
     files = [path for path in (tmp_path / "generations").rglob("*") if path.is_file()]
     assert files and not any(b"wax" in path.read_bytes() for path in files)
     assert found(live, "wax", k=5) == ["rye"]
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_view_is_of_one_version_though_another_process_writes_while_it_is_made(
+    live: Live, monkeypatch: pytest.MonkeyPatch, whole: bool
+):
+    live.add(documents(3), LINES)
+    alive = KnowledgeBase.alive
+
+    def meanwhile(self: KnowledgeBase) -> dict[int, str]:
+        found = alive(self)
+        if self is live._maker:
+            with KnowledgeBase(live.path) as other:
+                other.put([Document("d1", f"changed {other.version}")], LINES)
+        return found
+
+    monkeypatch.setattr(KnowledgeBase, "alive", meanwhile)
+    if not whole:  # as the mistake would be
+        monkeypatch.setattr(KnowledgeBase, "reading", lambda self: nullcontext())
+        with pytest.raises(UserError, match="has no chunk"):
+            live.swap(None)
+        return
+    for _ in range(3):
+        live.swap(None)
+        texts = {"d one 0", "d two 0", "d one 2", "d two 2", f"changed {live._writer.version - 1}"}
+        assert {*found(live, "d one 1", 9)} == texts
 
 
 def test_changes_of_a_batch_are_found_together_at_its_end(live: Live):

@@ -158,3 +158,18 @@ def test_without_a_shard_what_is_missing_is_encoded_here(
 def test_a_share_that_does_not_exist_is_refused(run: Callable[..., Any], shard: str):
     with pytest.raises(UserError, match=f"'{shard}' is not i/n"):
         run("out", f"shard='{shard}'")
+
+
+def test_a_folder_of_something_else_is_refused_and_stays_as_it_is(
+    run: Callable[..., Any], tmp_path: Path
+):
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "letter.txt").write_text("dear")
+    with pytest.raises(UserError, match=r"out='.*docs' holds 'letter.txt', no index"):
+        run("docs")
+    assert [path.name for path in (tmp_path / "docs").iterdir()] == ["letter.txt"]
+
+
+def test_a_key_of_another_kind_of_index_is_named_with_its_kind(run: Callable[..., Any]):
+    with pytest.raises(UserError, match=r"'index.nlst' .*'index.nlist', a key of index.name=ivf\?"):
+        run("out", "index.nlst=4")

@@ -191,7 +191,7 @@ def test_a_build_keeps_the_good_rows_and_accounts_for_the_rest(tmp_path, chunker
     path = tmp_path / "out/kb.sqlite"
     summary = build(path, [tmp_path / "docs", tmp_path / "t.csv"], chunker)
     allowed = ".txt, .md, .jsonl, .csv, .html, .htm, .pdf, .docx, .parquet, .jsonl.gz"
-    assert summary.rejected == [
+    assert summary.rejects == [
         Reject("rows.jsonl:2", "no text"),
         Reject("rows.jsonl:3", "duplicate id 'a', first used at rows.jsonl:1"),
         Reject("x.bin", f"unknown file type '.bin'; allowed: {allowed}"),
@@ -260,7 +260,9 @@ def test_a_killed_build_leaves_no_knowledge_base_and_the_next_one_is_the_same(tm
     process = subprocess.Popen(words, env=environment)
     try:
         deadline = time.monotonic() + 60
-        while not list(out.glob(".kb.sqlite-*/kb.sqlite-wal")) and time.monotonic() < deadline:
+        while (
+            not list(out.glob(".kb.sqlite.staging-*/kb.sqlite-wal")) and time.monotonic() < deadline
+        ):
             assert process.poll() is None
             time.sleep(0.01)
     finally:
@@ -270,5 +272,6 @@ def test_a_killed_build_leaves_no_knowledge_base_and_the_next_one_is_the_same(tm
     source = write_jsonl(tmp_path / "rows.jsonl", rows[:50])
     build(out / "kb.sqlite", [source], chunker)
     build(out / "again.sqlite", [source], chunker)
+    assert sorted(path.name for path in out.iterdir()) == ["again.sqlite", "kb.sqlite"]
     with KnowledgeBase(out / "kb.sqlite") as one, KnowledgeBase(out / "again.sqlite") as two:
         assert one.content_hash() == two.content_hash()

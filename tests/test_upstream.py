@@ -100,7 +100,7 @@ def test_scores_are_those_of_the_harness(
 def by_force(rag: Rag, question: str, stops: list[str]) -> tuple[str, float, list[float]]:
     """Thorough decoding with the model at hand: text, log p(y|x) without its end, p(z|x,y)."""
     tokenizer = rag.generator.tokenizer
-    (hits,), _ = rag.searched([Ask(question)])
+    ((hits, _),) = rag.searched([Ask(question)])
     prompts = [
         rag.settings.prompt.context(question, [chunk.passage], tokenizer).text for chunk, _ in hits
     ]
@@ -258,7 +258,19 @@ def test_the_key_is_sent_and_every_setting_is_said(home_system: Rag, fake: Fake)
     assert asked["stop"] == ["\n"]
 
 
-FAULTS = ["breaks", "moves", "packs", "floods", "null", "nan", "busy", "short", "html", "fails"]
+FAULTS = [
+    "breaks",
+    "moves",
+    "packs",
+    "floods",
+    "null",
+    "nan",
+    "busy",
+    "short",
+    "html",
+    "fails",
+    "locks",
+]
 
 
 CASES = [(fault, reading) for fault in FAULTS for reading in ("marginal", "concat")]

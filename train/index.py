@@ -28,6 +28,8 @@ from rag2.training import distributed
 from rag2.training.choices import Index
 from rag2.training.log import progress
 
+OWN = {"pieces", "generations", "config.yaml"}
+
 
 class IndexConfig(pipeline.Inputs):
     """Encode a corpus, or a share of it, and build its index."""
@@ -63,6 +65,9 @@ def main(cfg: IndexConfig) -> Path | None:
     target = out / "generations" / "000000"
     if cfg.shard is None and artifact.is_complete(target):
         raise UserError(f"out={cfg.out!r} holds a generation already: choose another out=")
+    foreign = sorted({path.name for path in out.iterdir()} - OWN) if out.is_dir() else []
+    if foreign:
+        raise UserError(f"out={cfg.out!r} holds {foreign[0]!r}, no index: choose another out=")
     if cfg.retriever:
         encoder = DualEncoder.load(cfg.retriever)
     else:

@@ -8,6 +8,7 @@ before any parser sees a byte. Files are safetensors, JSON or text, never pickle
 
 import errno
 import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -164,10 +165,28 @@ def append(path: Path, text: str) -> None:
         _sync_directory(path.parent)
 
 
-def sweep(parent: Path | str) -> list[Path]:
-    """Remove the staging directories that killed writers left in `parent`; returns them."""
+@contextmanager
+def staged(file: Path) -> Iterator[Path]:
+    """Yield a path of that name on the same disk, to write there and rename; what stays there goes.
+
+    What killed writers of `file` left behind goes first.
+    """
+    sweep(file.parent, file.name)
+    staging, lock = _stage(file.absolute())
+    try:
+        yield staging / file.name
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+        os.close(lock)
+
+
+def sweep(parent: Path | str, name: str = "") -> list[Path]:
+    """Remove the staging directories that killed writers left in `parent`; returns them.
+
+    Those of `name` alone, if it is given.
+    """
     removed = []
-    for staging in sorted(Path(parent).glob(".*.staging-*")):
+    for staging in sorted(Path(parent).glob(f".{glob.escape(name) or '*'}.staging-*")):
         if staging.is_symlink() or not staging.is_dir():
             continue
         lock = os.open(staging, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -16,10 +17,12 @@ Model = type[BaseModel]
 def mistake(cls: Model, error: ValidationError) -> str:
     """The first mistake pydantic found, as one line with key, value, allowed and nearest."""
     first, *rest = error.errors(include_url=False)
-    path, owners = _locate(cls, first["loc"])
+    path, owners, family = _locate(cls, first["loc"])
     same = [e for e in rest if _locate(cls, e["loc"])[0] == path]  # members of one plain union
     expected = " or ".join(re.sub(r"^Input (should be )?", "", e["msg"]) for e in (first, *same))
     line = _reason(path, owners, first, expected)
+    if first["type"] == "extra_forbidden":
+        line += _elsewhere(path, owners[0], family) or _suggest(path, owners[0])
     others = len(rest) - len(same)
     return f"{line} (and {others} more)" if others else line
 
@@ -37,19 +40,26 @@ def default(cls: Model, key: str) -> Any:
     return field.get_default(call_default_factory=True)
 
 
-def _locate(cls: Model, loc: tuple[int | str, ...]) -> tuple[str, list[Model]]:
-    """The dotted key of a pydantic location, and the classes its last key may belong to."""
+def _locate(cls: Model, loc: tuple[int | str, ...]) -> tuple[str, list[Model], list[Model]]:
+    """The dotted key of a pydantic location, and the classes its last key may belong to.
+
+    The third are those it might belong to if the `name` of its block were another.
+    """
     path, owners, inside = "", [cls], [cls]
+    family: list[Model] = []
     for part in loc:
         if isinstance(part, int):
             path += f"[{part}]"
         elif tagged := [model for model in inside if _tag(model) == part and len(inside) > 1]:
-            inside = tagged  # pydantic puts the tag of a union into the location; it is no key
+            family, inside = (
+                inside,
+                tagged,
+            )  # pydantic puts the tag of a union into the location; it is no key
         elif inside:
             field = next((m.model_fields[part] for m in inside if part in m.model_fields), None)
             path += f".{part}" if path else part
             owners, inside = inside, _models(field.annotation) if field else []
-    return path, owners
+    return path, owners, family if owners[0] in family else []
 
 
 def _reason(path: str, owners: list[Model], error: Any, expected: str) -> str:
@@ -58,7 +68,7 @@ def _reason(path: str, owners: list[Model], error: Any, expected: str) -> str:
     context = error.get("ctx", {})
     match error["type"]:
         case "extra_forbidden":
-            return f"unknown key {path!r} for {owner}.{_suggest(path, owners[0])}"
+            return f"unknown key {path!r} for {owner}."
         case "missing":
             return f"missing key {path!r} for {owner}; give {path}=VALUE"
         case "union_tag_invalid":
@@ -85,6 +95,17 @@ def _unknown(key: str, value: Any, allowed: list[str]) -> str:
     names = ", ".join(allowed)
     close = nearest(str(value), allowed)
     return f"unknown value {_short(value)} for {key!r}; allowed: {names}.{close}"
+
+
+def _elsewhere(path: str, owner: Model, family: list[Model]) -> str:
+    """The key of another kind of block that an unknown one is nearer to than to any of its own."""
+    parent, _, leaf = path.rpartition(".")
+    others = {key: model for model in reversed(family) for key in model.model_fields}
+    close = get_close_matches(leaf, [*others, *owner.model_fields], n=1, cutoff=0.5)
+    if not close or close[0] in owner.model_fields:
+        return ""
+    tag = _tag(others[close[0]])
+    return f" Did you mean '{parent}.{close[0]}', a key of {parent}.name={tag}?"
 
 
 def _suggest(path: str, owner: Model) -> str:

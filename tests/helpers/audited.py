@@ -1,11 +1,11 @@
 """Loads exports in this process while an audit hook writes down what no loading may do.
 
-    python audited.py GOOD LIST.json OUT.json [PLANT]
+    python audited.py GOOD
 
-GOOD is loaded first, so that what the libraries import once is there. LIST.json holds pairs of a
-directory and the part of it to load (`all`, or none but the check with another word); OUT.json gets
-for each what came of it and what was seen. PLANT lets the loader make a mistake that
-has to be seen.
+GOOD is loaded first, so that what the libraries import once is there. Each line of stdin is then a
+JSON list: a directory, the part of it to load (`all`, or a word that is none for the check alone)
+and how the loader is to be spoiled (null: not at all). A line of stdout answers what came of it and
+what was seen.
 """
 
 import json
@@ -13,6 +13,7 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -106,11 +107,9 @@ def load(path: Path, part: str = "all") -> str:
     return "loaded"
 
 
-def plant(kind: str) -> None:
-    """Spoil the step between the manifest and the parsers, in ways that have to be seen."""
+def spoiled(kind: str | None) -> Callable[[Path], None]:
+    """The step between the manifest and the parsers, with what has to be seen in it."""
     from rag2.answering import contents
-
-    honest = contents.check
 
     def wrong(directory: Path) -> None:
         import numpy
@@ -122,33 +121,40 @@ def plant(kind: str) -> None:
                 exec(compile(path.read_text(), str(path), "exec"), {})
             else:
                 Path("written").write_text("")
-        honest(directory)
+        contents_check(directory)
 
     def reached(directory: Path) -> None:
         raise AssertionError(f"{directory} was looked at, though its bytes are others")
 
-    contents.check = {"wrong": wrong, "reached": reached}[kind]
+    contents_check = HONEST.setdefault("check", contents.check)
+    return {None: contents_check, "wrong": wrong, "reached": reached}[kind]
+
+
+HONEST: dict[str, Callable[[Path], None]] = {}
 
 
 def main() -> None:
     global armed
-    good, listed, out, *planted = sys.argv[1:]
     warnings.simplefilter("ignore")
     logging.disable()
+    answers = os.fdopen(os.dup(1), "w")  # what libraries print is not an answer
+    os.dup2(2, 1)
     import peft  # noqa: F401 (what an adapter would import once)
 
-    first = load(Path(good))
-    if planted:
-        plant(planted[0])
+    from rag2.answering import contents
+
+    answers.write(json.dumps(load(Path(sys.argv[1]))) + "\n")
+    answers.flush()
     sys.addaudithook(hook)
-    rows = []
-    for name, part in [(good, "all"), *json.loads(Path(listed).read_text())]:
+    for line in sys.stdin:
+        name, part, kind = json.loads(line)
+        contents.check = spoiled(kind)
         seen.clear()
         armed = True
         told = load(Path(name), part)
         armed = False
-        rows.append({"path": name, "told": told, "seen": list(seen)})
-    Path(out).write_text(json.dumps({"first": first, "rows": rows}))
+        answers.write(json.dumps({"told": told, "seen": seen}) + "\n")
+        answers.flush()
 
 
 if __name__ == "__main__":

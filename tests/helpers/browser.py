@@ -56,9 +56,13 @@ class Page:
 
     def open(self, path: Path, fragment: str = "") -> None:
         """Load a file and wait until it and its script are done."""
+        self.visit(path.absolute().as_uri() + fragment)
+
+    def visit(self, address: str) -> None:
+        """Load an address and wait until it and its script are done."""
         self.call("Page.navigate", url="about:blank")
-        self.call("Page.navigate", url=path.absolute().as_uri() + fragment)
-        self.wait("document.readyState === 'complete' && location.protocol === 'file:'")
+        self.call("Page.navigate", url=address)
+        self.wait("document.readyState === 'complete' && location.protocol !== 'about:'")
 
     def look(self, expression: str) -> Any:
         """The value of a JavaScript expression."""
@@ -88,8 +92,8 @@ class Page:
 
     def press(self, key: str) -> None:
         """A key, such as `Tab` or `Enter`."""
-        text = {"text": "\r"} if key == "Enter" else {}
-        code = {"Enter": 13, "Tab": 9}[key]
+        text = {"text": {"Enter": "\r"}.get(key, key)} if key in ("Enter", "/") else {}
+        code = {"Enter": 13, "Tab": 9, "Escape": 27, "/": 191}[key]
         for kind in ("keyDown", "keyUp"):
             self.call(
                 "Input.dispatchKeyEvent", type=kind, key=key, windowsVirtualKeyCode=code, **text
@@ -102,9 +106,9 @@ class Page:
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
 
-    def picture(self, path: Path) -> None:
-        """The whole page as a PNG."""
-        data = self.call("Page.captureScreenshot", captureBeyondViewport=True)["data"]
+    def picture(self, path: Path, whole: bool = True) -> None:
+        """The whole page, or what the window shows of it, as a PNG."""
+        data = self.call("Page.captureScreenshot", captureBeyondViewport=whole)["data"]
         path.write_bytes(base64.b64decode(data))
 
     def call(self, method: str, **parameters: Any) -> dict[str, Any]:

@@ -36,28 +36,31 @@ def parts(home: Path, folder: Path, **encoder: Any) -> Source:
 
 def exported(home: Path, folder: Path, **options: Any) -> Exported:
     """The export of such a system, in `folder`/export."""
-    write(parts(home, folder), folder / "export", index="torch", **options)
+    settings: dict[str, Any] = {"index": "torch"} | options
+    write(parts(home, folder), folder / "export", **settings)
     return Exported.open(folder / "export")
 
 
 def hostile(good: Path, path: Path, change: Callable[[Path], object], seal: bool = True) -> Path:
     """A copy that was changed; with `seal` its manifests vouch for the change."""
     shutil.copytree(good, path, symlinks=True)
-    metas = [(d, json.loads((d / "manifest.json").read_text())) for d in (path / "index", path)]
     change(path)
-    for directory, before in metas if seal else ():
+    for directory in (path / "index", path) if seal else ():
         if (directory / "manifest.json").is_file():
-            reseal(directory, before)
+            reseal(directory)
     return path
 
 
-def reseal(directory: Path, before: dict[str, Any]) -> None:
-    """A manifest that fits what lies there now."""
+def reseal(directory: Path) -> None:
+    """A manifest that fits what lies there now, as a writer commits it but for the fsyncs."""
     now = json.loads((directory / "manifest.json").read_text())
-    meta = now["meta"] if now["meta"] != before["meta"] else before["meta"]
-    kind = now["kind"]
     with contextlib.suppress(artifact.ArtifactError):  # of a link, which no writer commits
-        artifact._write_manifest(directory, kind, meta)
+        files = {
+            name: {"bytes": path.stat().st_size, "sha256": artifact._digest(path)}
+            for name, path in artifact._files(directory).items()
+        }
+        body = {"format": artifact.FORMAT, "kind": now["kind"], "files": files, "meta": now["meta"]}
+        (directory / "manifest.json").write_bytes(artifact._sealed(body))
 
 
 def edit(name: str, change: Callable[[Any], object]) -> Callable[[Path], None]:

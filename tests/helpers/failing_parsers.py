@@ -20,6 +20,13 @@ def endless(path: Path, name: str) -> Rows:
         pass
 
 
+def silent(path: Path, name: str) -> Rows:
+    """Nothing for ever."""
+    while True:
+        pass
+    yield name, {}
+
+
 def greedy(path: Path, name: str) -> Rows:
     """Takes memory until there is none."""
     held = [bytearray(2**24)]

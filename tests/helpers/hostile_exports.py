@@ -55,6 +55,17 @@ def sql(*statements: str) -> Change:
     return apply
 
 
+def poke(name: str, at: int, data: bytes) -> Change:
+    """Put other bytes into a file."""
+
+    def apply(directory: Path) -> None:
+        content = bytearray((directory / name).read_bytes())
+        content[at : at + len(data)] = data
+        (directory / name).write_bytes(content)
+
+    return apply
+
+
 def key(name: str, **values: Any) -> Change:
     """Set keys of a JSON file."""
     return edit(name, lambda found: found.update(values))
@@ -160,6 +171,23 @@ HOSTILE: dict[str, tuple[Change, str]] = {
     "index on a server": (
         edit("index/index.json", lambda f: f.update(backend={"name": "milvus", "uri": "http://x"})),
         "is no index of flat",
+    ),
+    "index of another kind": (poke("index/index.faiss", 0, b"IHNf"), "is no index of kind 'flat'"),
+    "index that lies about its dimension": (
+        poke("index/index.faiss", 4, (2**31 - 1).to_bytes(4, "little")),
+        "its lengths are not those of its bytes",
+    ),
+    "index that lies about its vectors": (
+        poke("index/index.faiss", 8, (2**40).to_bytes(8, "little")),
+        "its lengths are not those of its bytes",
+    ),
+    "index that lies about its floats": (
+        poke("index/index.faiss", 37, (2**62).to_bytes(8, "little")),
+        "its lengths are not those of its bytes",
+    ),
+    "graph in the place of a flat index": (
+        edit("index/index.json", lambda f: f.update(backend={"name": "hnsw"})),
+        "is no index of kind 'hnsw'",
     ),
     "prompt": (key("prompt.json", code="x"), "code: Extra inputs"),
     "prompt with many chunks": (key("prompt.json", k=10**9), "k: "),

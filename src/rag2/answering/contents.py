@@ -156,12 +156,14 @@ def encoder(found: Any) -> EncoderConfig:
     return EncoderConfig.model_validate(found["config"])
 
 
-def _check_index(found: Any) -> None:
+def _check_index(found: Any) -> str:
+    """index.json: an index that lies in the folder itself; returns its kind."""
     reading.closed(found, INDEX_KEYS, INDEX_KEYS)
     name = found["backend"].get("name") if isinstance(found["backend"], dict) else None
     if found["format"] != base.FORMAT or name not in LOCAL:
         raise ValueError(f"is no index of {', '.join(LOCAL)} in format {base.FORMAT}")
     lookup("index", name).model_validate(found["backend"])
+    return name
 
 
 def _check_faiss(path: Path) -> None:
@@ -169,7 +171,7 @@ def _check_faiss(path: Path) -> None:
 
     FAISS believes the lengths that a file states.
     """
-    name = reading.read_json(path.with_name("index.json"))["backend"]["name"]
+    name = _check_index(reading.read_json(path.with_name("index.json")))
     with path.open("rb") as file:
         head = file.read(FLAT.size)
     if not LOCAL[name] or head[:4] != LOCAL[name]:

@@ -19,6 +19,8 @@ from rag2.generator.pairs import check_fits, encode_contexts, positions
 from rag2.registry import UserError
 from rag2.types import Chunk
 
+CALLED = "asked"  # in errors: what is asked is nobody else's affair
+
 
 @dataclass(frozen=True, slots=True)
 class Prompts:
@@ -36,12 +38,15 @@ class Prompts:
         """Raises UserError for a question that does not even fit alone."""
         prompt, passages = settings.prompt, [chunk.passage for chunk in chunks]
         header = prompt.header() + ask.header
+        if len(header) + len(ask.question) > prompt.budget:
+            # What does not fit alone is refused at once: not once for each of its passages.
+            prompt.context(ask.question, [], tokenizer, header=header, name=CALLED)
         if (ask.reading or settings.reading) == "concat" or not chunks:
-            built = [prompt.context(ask.question, passages, tokenizer, header=header)]
+            built = [prompt.context(ask.question, passages, tokenizer, header=header, name=CALLED)]
             read = list(range(len(chunks) - built[0].dropped))
         else:
             alone = [
-                prompt.context(ask.question, [passage], tokenizer, header=header)
+                prompt.context(ask.question, [passage], tokenizer, header=header, name=CALLED)
                 for passage in passages
             ]
             read = [place for place, one in enumerate(alone) if not one.dropped]
@@ -139,7 +144,7 @@ def room(limit: int | None, prompts: Prompts, ask: Ask, settings: Settings) -> i
     wanted = 1 if ask.max_new_tokens is None else ask.max_new_tokens
     if wanted < 1:
         raise UserError(f"max_new_tokens={wanted}; allowed: 1 or more")
-    check_fits(limit, longest, wanted, ask.question[:60])
+    check_fits(limit, longest, wanted, CALLED)
     return wanted
 
 

@@ -86,10 +86,10 @@ class Library:
         prior = log_prior(scores_K, self.settings.temperature).exp().tolist() if hits else []
         return [Citation.of(*hit, share) for hit, share in zip(hits, prior, strict=True)], view
 
-    def searched(self, asks: Sequence[Ask]) -> tuple[list[Hits], View]:
-        """What each finds, all in one state; nothing where k = 0."""
-        view = self.live.view()
-        hits: list[Hits] = [[] for _ in asks]
+    def searched(self, asks: Sequence[Ask]) -> list[tuple[Hits, View]]:
+        """What each finds and in which state; nothing where k = 0."""
+        nothing: tuple[Hits, View] = ([], self.live.view())
+        results = [nothing for _ in asks]
         groups: dict[tuple[str, ...] | None, list[int]] = {}
         for number, ask in enumerate(asks):
             if ask.k != 0:
@@ -99,8 +99,8 @@ class Library:
             most = needed(some, self.settings.k)
             found, view = self.search([ask.question for ask in some], most, namespaces)
             for number, ask, row in zip(numbers, some, found, strict=True):
-                hits[number] = row[: self.settings.k if ask.k is None else ask.k]
-        return hits, view
+                results[number] = (row[: self.settings.k if ask.k is None else ask.k], view)
+        return results
 
     def search(
         self, questions: Sequence[str], k: int, namespaces: Collection[str] | None

@@ -105,7 +105,7 @@ class Rag(Library):
         """
         ask = Ask(question, k=k, reading=reading, namespaces=names_of(namespaces))
         check_choices(choices)
-        (hits,), view = self.searched([ask])
+        ((hits, view),) = self.searched([ask])
         with self.reading:
             logps, posterior = log_likelihoods(self.generator, self.settings, ask, hits, choices)
         shares = posterior or [None] * len(hits)
@@ -114,14 +114,28 @@ class Rag(Library):
 
     def drafts(self, asks: Sequence[Ask]) -> list[Draft]:
         """Answers that have no token yet. Raises UserError for one that has no room."""
-        hits, view = self.searched(asks)
-        place, made_of = self.place(view), (self.settings, self.generator)
-        return [Draft(ask, row, place, *made_of) for ask, row in zip(asks, hits, strict=True)]
+        return [
+            Draft(ask, hits, self.place(view), self.settings, self.generator)
+            for ask, (hits, view) in zip(asks, self.searched(asks), strict=True)
+        ]
 
 
-def step(mixtures: Mixtures, live: Sequence[Draft]) -> list[Draft]:
-    """One token more for each of these, which are those of the mixtures; those that go on."""
-    tokens = [draft.take(logp_V) for draft, logp_V in zip(live, mixtures.next(), strict=True)]
-    over = [bool(draft.finish) for draft in live]
+def step(
+    mixtures: Mixtures, live: Sequence[Draft], failed: dict[int, Exception] | None = None
+) -> list[Draft]:
+    """One token more for each of these, which are those of the mixtures; those that go on.
+
+    With `failed`, a draft that cannot take its token ends alone, its error kept there by its id().
+    """
+    tokens: list[int | None] = []
+    for draft, logp_V in zip(live, mixtures.next(), strict=True):
+        try:
+            tokens.append(draft.take(logp_V))
+        except Exception as error:
+            if failed is None:
+                raise
+            failed[id(draft)] = error
+            tokens.append(None)
+    over = [bool(draft.finish) or bool(failed and id(draft) in failed) for draft in live]
     mixtures.go_on(tokens, over)
     return [draft for draft, ends in zip(live, over, strict=True) if not ends]

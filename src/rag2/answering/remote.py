@@ -112,7 +112,7 @@ class Remote(Library):
     def plan(self, ask: Ask) -> Plan:
         """Search and make the prompts. Raises UserError for what this system cannot do."""
         reading = self._reading(ask)
-        (found,), view = self.searched([ask])
+        ((found, view),) = self.searched([ask])
         prompts = Prompts.of(ask, [c for c, _ in found], self.settings, self.lexicon.tokenizer)
         most = room(self._positions, prompts, ask, self.settings)
         apart = reading == "marginal" and len(prompts.texts) > 1
@@ -192,7 +192,7 @@ class Remote(Library):
                 "does), which this one does not; answers are written with reading=concat"
             )
         together = self._reading(ask) == "concat"
-        (hits,), view = self.searched([ask])
+        ((hits, view),) = self.searched([ask])
         together = together and len(hits) > 1
         table = self._table(question, choices, hits, together)
         logps, posterior = from_table(table, together, self.settings.temperature)

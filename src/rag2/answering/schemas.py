@@ -19,6 +19,7 @@ from rag2.registry import UserError, lookup
 BASE = "base"  # the folder inside the one of an adapter
 COMMON = {"model_type", "architectures", "transformers_version", "dtype"}
 LABELS = {"id2label", "label2id", "problem_type"}
+LAYERS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
 SIZES = ("hidden_size", "vocab_size", "intermediate_size", "embedding_size", "n_embd", "n_inner")
 TOKENS = ("bos", "eos", "pad", "unk", "cls", "sep", "mask")
 TOKENIZER_KEYS = {f"{name}_token" for name in TOKENS} | {
@@ -93,7 +94,7 @@ def model(found: Any, generator: bool, tensors: list[int]) -> None:
     reading.closed(found, model_keys(found.get("model_type"), generator))
     for key, value in found.items():
         reading.check_plain(value, key)
-        if type(value) is int and "layer" in key and value > len(tensors):
+        if type(value) is int and key in LAYERS and value > len(tensors):
             raise ValueError(f"{key} is {value}, but the weights are of {len(tensors)} tensors")
         if type(value) is int and key.endswith(SIZES) and value > max(tensors, default=0):
             raise ValueError(f"{key} is {value}, more than the largest of the weights' tensors")

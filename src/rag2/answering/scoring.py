@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from rag2.answering.ask import Ask
-from rag2.answering.draft import Prompts
+from rag2.answering.draft import CALLED, Prompts
 from rag2.answering.settings import Settings
 from rag2.evaluation import score
 from rag2.evaluation.arms import Found, Reader, evaluate
@@ -37,7 +37,7 @@ def _by_harness(
     reading: str,
 ) -> Likelihoods:
     """By the harness's own functions, as it scores an arm."""
-    question = Question("", ask.question, tuple(choices), answer=0)
+    question = Question(CALLED, ask.question, tuple(choices), answer=0)
     header = settings.prompt.header() + ask.header
     by_id = {chunk.id: chunk for chunk, _ in hits}
     reader = Reader(generator, settings.prompt, by_id, headers={question.id: header})

@@ -91,7 +91,7 @@ def kb_build(
     report(summary)
     if strict and summary.rejected:
         raise UserError(
-            f"{len(summary.rejected)} documents were rejected (--strict); {path} was not written"
+            f"{summary.rejected} documents were rejected (--strict); {path} was not written"
         )
 
 
@@ -104,9 +104,12 @@ def kb_list(path: KB, namespace: Only = None) -> None:
       rag2 kb list docs.sqlite
       rag2 kb list docs.sqlite --namespace acme
     """
+    from rag2.kb.names import there
     from rag2.kb.store import KnowledgeBase
 
     with KnowledgeBase(path) as base:
+        if namespace is not None:
+            there(namespace, base.namespaces(), path)
         for name in base.namespaces() if namespace is None else [namespace]:
             for document in base.documents(name):
                 row = [document.id, str(len(base.chunks_of(document.id, name))), document.title]
@@ -153,9 +156,12 @@ def kb_search(
       rag2 kb search docs.sqlite "how long is the warranty"
       rag2 kb search docs.sqlite "warranty" -k 20 --namespace acme
     """
+    from rag2.kb.names import there
     from rag2.kb.store import KnowledgeBase
 
     with KnowledgeBase(path) as base:
+        if namespace is not None:
+            there(namespace, base.namespaces(), path)
         spaces = None if namespace is None else [namespace]
         with base.reading():
             hits = [(base.chunk(id), score) for id, score in base.search_text(query, k, spaces)]
@@ -166,9 +172,11 @@ def kb_search(
 
 def report(summary: "Summary") -> None:
     """Say what became of every document."""
-    for reject in summary.rejected:
+    for reject in summary.rejects:
         typer.echo(f"rejected {reject.place}: {reject.reason}", err=True)
-    accepted, rejected = summary.accepted, len(summary.rejected)
+    accepted, rejected = summary.accepted, summary.rejected
+    if untold := rejected - len(summary.rejects):
+        typer.echo(f"rejected {untold} more, which are not listed", err=True)
     typer.echo(f"{accepted} accepted + {rejected} rejected = {accepted + rejected} documents")
     if summary.updated or summary.unchanged:
         kinds = f"{summary.added} new, {summary.updated} updated, {summary.unchanged} unchanged"

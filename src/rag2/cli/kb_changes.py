@@ -94,9 +94,8 @@ def kb_remove(
     with KnowledgeBase(path) as kb:
         for id in ids:
             if not kb.has(id, namespace):
-                there = (document.id for document in kb.documents(namespace))
-                where = f" in namespace {namespace!r}" if namespace else ""
-                raise UserError(f"{path} has no document {id!r}{where}.{nearest(id, there)}")
+                live = (document.id for document in kb.documents(namespace))
+                raise kb.missing(id, namespace, f".{nearest(id, live)}")
         chunks = kb.remove(dict.fromkeys(ids), namespace)
         typer.echo(f"{len({*ids})} removed, with {chunks} chunks; version {kb.version}")
 
@@ -143,10 +142,12 @@ def kb_export(
       rag2 kb export docs.sqlite docs.jsonl
       rag2 kb export docs.sqlite acme.jsonl --namespace acme
     """
+    from rag2.kb.names import there
     from rag2.kb.store import KnowledgeBase
     from rag2.kb.transfer import export
 
     with KnowledgeBase(path) as kb, status(f"writing {out}"):
+        there(namespace, kb.namespaces(), path)
         count = export(kb, out, namespace)
         others = [name for name in kb.namespaces() if name != namespace]
     typer.echo(f"{count} documents")
@@ -179,7 +180,7 @@ def _changing(
         try:
             with status(f"changing {path}"), kb.batch() if strict else nullcontext():
                 yield kb, chunker, done
-                if strict and (count := len(done[0].rejected)):
+                if strict and (count := done[0].rejected):
                     refusal = UserError(f"{count} documents were rejected (--strict); {path} is")
                     raise refusal
         except UserError as error:

@@ -93,6 +93,10 @@ RECIPES = {
             "Time from a change of the knowledge base to the search that shows it.",
             "configs/demo/live.yaml out=runs/live",
         ),
+        "serving": (
+            "Compare rag2 serve with a naive server of the same checkpoint.",
+            "configs/demo/serving.yaml export=exports/almanac out=runs/serving",
+        ),
         "scaling": (
             "Measure what an index refresh costs, and plan it for larger corpora.",
             "configs/demo/scaling.yaml out=runs/scaling",

@@ -78,7 +78,8 @@ def serve(
     from rag2.export.beside import exported
 
     transformers_logging.disable_progress_bar()
-    logging.getLogger("uvicorn").setLevel(logging.ERROR)
+    for library in ("uvicorn", "asyncio"):  # what clients do wrong is nothing to log
+        logging.getLogger(library).setLevel(logging.ERROR)
     with status("exporting") as shown:
         export = exported(export, shown.update)
     directory = state or export.with_name(f"{export.name}.state")

@@ -78,7 +78,7 @@ def _results(source: Source) -> str:
     ]
     for name, arm in results["arms"].items():
         low, high = arm["ci95"]
-        shown = f"**{name}** (this one)" if name == ARM else f"{_line(name)}"
+        shown = f"**{_code(name)}** (this one)" if name == ARM else _code(name)
         recall = arm.get("recall_at_1")
         found = "" if recall is None else f"{recall:.3f}"
         lines.append(
@@ -90,8 +90,8 @@ def _results(source: Source) -> str:
     for pair in pairs:
         low, high = pair["ci95"]
         lines.append(
-            f"- {ARM} - {_line(pair['b'])}: {pair['difference']:+.3f} ({low:+.3f} to {high:+.3f}), "
-            f"p = {pair['mcnemar_p']:.2g}"
+            f"- {_code(ARM)} - {_code(pair['b'])}: {pair['difference']:+.3f} "
+            f"({low:+.3f} to {high:+.3f}), p = {pair['mcnemar_p']:.2g}"
         )
     return "\n".join(lines)
 
@@ -186,6 +186,12 @@ def _line(text: Any) -> str:
     """Text as part of a line of Markdown: no markup, no second line."""
     kept = "".join(c if c.isprintable() and c not in "|<>`[]*_\\" else " " for c in str(text))
     return " ".join(kept.split())[:200]
+
+
+def _code(name: Any) -> str:
+    """A name as it is written in a file."""
+    kept = "".join(c for c in str(name) if c.isprintable() and c not in "|<>`")
+    return f"`{kept[:80]}`"
 
 
 def _word(text: Any) -> str:

@@ -39,13 +39,13 @@ def write(
         )
     meta: dict[str, Any] = {}
     with artifact.committing(out, kind=KIND, meta=meta) as staging:
-        say("writing the generator")
-        generator = folders.write_generator(source.generator, staging / "generator", adapters)
+        say("copying the knowledge base")  # first: what is missing shows before the long work
+        version, content = folders.write_kb(source.kb, staging)
         say("writing the retriever")
         loaded = DualEncoder.build(encoder) if encoder else DualEncoder.load(source.retriever)
         fingerprint = folders.write_retriever(loaded.eval(), staging / "retriever")
-        say("copying the knowledge base")
-        version, content = folders.write_kb(source.kb, staging)
+        say("writing the generator")
+        generator = folders.write_generator(source.generator, staging / "generator", adapters)
 
         def told(done: int, total: int) -> None:
             say(f"encoding chunks: {done} of {total}")

@@ -1,11 +1,11 @@
 """Files and folders -> a new knowledge base, whole or not at all."""
 
 import os
-import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from rag2 import artifact
 from rag2.kb.chunk import Chunker
 from rag2.kb.ingest import Inputs, Summary
 from rag2.kb.jail import Limits
@@ -35,8 +35,7 @@ def build(
     missing = [folder for folder in path.absolute().parents if not folder.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as staging:
-            partial = Path(staging) / path.name
+        with artifact.staged(path) as partial:
             inputs = Inputs(sources, keep_duplicates, near, limits)
             with KnowledgeBase(partial, create=True) as kb:
                 chunks = kb.add(inputs, chunker)
@@ -52,7 +51,7 @@ def build(
             for folder in missing:  # innermost first
                 with suppress(OSError):  # somebody else may have put something there
                     folder.rmdir()
-    return Summary(len(inputs.seen), inputs.rejected, chunks)
+    return inputs.summary(chunks)
 
 
 def _sync(path: Path) -> None:

@@ -1,6 +1,6 @@
 """Files, folders and data sets -> documents of a knowledge base, each input accounted for."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from rag2.types import Document
 # What is committed together: durable at once, and little to do again after a kill.
 DOCUMENTS = 500
 CHARACTERS = 2**22
+KEPT = 1000  # rejects of which place and reason are told: a small archive can hold a million
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +34,9 @@ class Summary:
     """
 
     accepted: int
-    rejected: list[Reject]
+    rejected: int
+    rejects: list[Reject]
+    """the first KEPT of those rejected"""
     chunks: int
     updated: int = 0
     unchanged: int = 0
@@ -41,7 +44,7 @@ class Summary:
     @property
     def total(self) -> int:
         """Documents, rows and files that were looked at."""
-        return self.accepted + len(self.rejected)
+        return self.accepted + self.rejected
 
     @property
     def added(self) -> int:
@@ -67,7 +70,7 @@ class Inputs:
         """`keep_duplicates`: also texts that came before. Raises UserError for a bad `near`."""
         self.sources, self.limits = sources, limits
         self.seen: dict[str, str] = {}  # document id -> place
-        self.rejected: list[Reject] = []
+        self.rejected, self.rejects = 0, list[Reject]()
         self._finders: list[Exact | Near] = [] if keep_duplicates else [Exact()]
         if near is not None:
             self._finders.append(Near(near))
@@ -76,10 +79,14 @@ class Inputs:
         for place, item in read(*self.sources, limits=self.limits):
             reason = item if isinstance(item, str) else self._seen_before(item, place)
             if isinstance(item, str) or reason:
-                self.rejected.append(Reject(place, reason))
+                self.reject(place, reason)
             else:
                 self.seen[item.id] = place
                 yield item
+
+    def summary(self, chunks: int, updated: int = 0, unchanged: int = 0) -> Summary:
+        """What became of them all."""
+        return Summary(len(self.seen), self.rejected, self.rejects, chunks, updated, unchanged)
 
     def _seen_before(self, document: Document, place: str) -> str:
         """Why the document is a duplicate, or nothing."""
@@ -87,14 +94,20 @@ class Inputs:
             return printable(f"duplicate id {document.id!r}, first used at {first}")
         return next((why for find in self._finders if (why := find.find(document, place))), "")
 
+    def reject(self, place: str, reason: str) -> None:
+        """Count one, and keep it if it is among the first."""
+        self.rejected += 1
+        if len(self.rejects) < KEPT:
+            self.rejects.append(Reject(place, reason))
+
     def nothing(self) -> UserError:
         """The error for sources without a document, with the first reason."""
         where = ", ".join(str(source) for source in self.sources) or "no source"
         if not self.rejected:
             return UserError(f"no document in {where}")
-        first = self.rejected[0]
+        first = self.rejects[0]
         return UserError(
-            f"no document was accepted from {where}: {len(self.rejected)} rejected,"
+            f"no document was accepted from {where}: {self.rejected} rejected,"
             f" the first {first.place}: {first.reason}"
         )
 
@@ -122,10 +135,10 @@ def ingest(
         chunks += put.chunks
     if not inputs.seen:
         raise inputs.nothing()
-    return Summary(len(inputs.seen), inputs.rejected, chunks, updated, unchanged)
+    return inputs.summary(chunks, updated, unchanged)
 
 
-def _batches(documents: Inputs) -> Iterator[list[Document]]:
+def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
     """Documents in groups of bounded number and length."""
     batch: list[Document] = []
     characters = 0

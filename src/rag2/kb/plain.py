@@ -80,7 +80,9 @@ def read_csv(path: Path, name: str) -> Iterator[Row]:
 def bad_header(header: list[str]) -> str:
     """Why the columns of a table are of no use, or nothing."""
     if "text" not in header:
-        return f"no column 'text' among {', '.join(header)}.{nearest('text', header)}"
+        (other,) = re.findall(r"[;\t|]", header[0])[:1] or [""] if len(header) == 1 else [""]
+        hint = f" Cells are separated by commas, not by {other!r}." if other else ""
+        return f"no column 'text' among {', '.join(header)}.{nearest('text', header)}{hint}"
     twice = [column for column in header if header.count(column) > 1]
     return f"column {twice[0]!r} appears twice" if twice else ""
 

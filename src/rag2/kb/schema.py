@@ -60,13 +60,22 @@ def read_old(db: sqlite3.Connection) -> None:
     db.execute("CREATE TEMP VIEW namespaces AS SELECT 0 AS number, '' AS name")
 
 
-def upgrade(db: sqlite3.Connection) -> None:
-    """Make the file one of this format, in the transaction that is open; nothing if it is one."""
+def forget_old(db: sqlite3.Connection) -> None:
+    """Let this connection see the file as it is again."""
     views = {name for (name,) in db.execute("SELECT name FROM temp.sqlite_master")}
     for view in views & {*TABLES, "namespaces"}:
         db.execute(f"DROP VIEW temp.{view}")
-    (found,) = db.execute("SELECT value FROM meta WHERE key = 'format'").fetchone()
-    if found == FORMAT:  # it always was, or another process has been here
+
+
+def is_new(db: sqlite3.Connection) -> bool:
+    """Whether the file is of this format, whatever it was when it was opened."""
+    return db.execute("SELECT value FROM main.meta WHERE key = 'format'").fetchone()[0] == FORMAT
+
+
+def upgrade(db: sqlite3.Connection) -> None:
+    """Make the file one of this format, in the transaction that is open; nothing if it is one."""
+    forget_old(db)
+    if is_new(db):  # another process has been here
         return
     for table in TABLES:
         db.execute(f"ALTER TABLE {table} ADD COLUMN namespace TEXT NOT NULL DEFAULT ''")

@@ -5,8 +5,9 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from rag2 import artifact
 from rag2.kb.chunk import Chunker
-from rag2.kb.ingest import Inputs, Reject, Summary
+from rag2.kb.ingest import Inputs, Summary
 from rag2.kb.jail import Limits
 from rag2.kb.store import KnowledgeBase
 from rag2.registry import UserError
@@ -33,7 +34,7 @@ def add_new(
             if kb.has(document.id, namespace):
                 place = inputs.seen.pop(document.id)
                 reason = f"document {document.id!r} is there already; an update replaces it"
-                inputs.rejected.append(Reject(place, reason))
+                inputs.reject(place, reason)
             else:
                 yield document
 
@@ -41,7 +42,7 @@ def add_new(
         chunks = kb.add(fresh(), chunker, namespace)
         if not inputs.seen:
             raise inputs.nothing()
-    return Summary(len(inputs.seen), inputs.rejected, chunks)
+    return inputs.summary(chunks)
 
 
 def export(kb: KnowledgeBase, path: Path, namespace: str = "") -> int:
@@ -53,9 +54,8 @@ def export(kb: KnowledgeBase, path: Path, namespace: str = "") -> int:
         raise UserError(f"{path} already exists; remove it or choose another path")
     if not path.parent.is_dir():
         raise UserError(f"{path}: there is no folder {path.parent}")
-    partial = path.with_name(f".{path.name}.new-{os.getpid()}")
     count = 0
-    try:
+    with artifact.staged(path) as partial:
         with partial.open("w", encoding="utf-8") as file:
             for document in kb.documents(namespace):
                 row = {"id": document.id, "title": document.title, "text": document.text}
@@ -65,6 +65,4 @@ def export(kb: KnowledgeBase, path: Path, namespace: str = "") -> int:
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
     return count

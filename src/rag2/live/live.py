@@ -8,7 +8,6 @@ all that is gone left out, so that nothing is lost and nothing comes back.
 import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock, RLock
 from typing import Self, TypeVar
@@ -16,54 +15,18 @@ from typing import Self, TypeVar
 import numpy as np
 import pyarrow as pa
 
-from rag2.index.base import Backend, Blocks
+from rag2.index.base import Backend
 from rag2.index.generation import Generation, table_of
 from rag2.kb.chunk import Chunker
 from rag2.kb.store import KnowledgeBase, Put
 from rag2.live import folder, hybrid
+from rag2.live.snapshot import Snapshot
 from rag2.live.view import Embedder, Found, Part, View, delta_of
 from rag2.registry import UserError
-from rag2.reindex.build import Passages
-from rag2.retriever.embed import WINDOW
 from rag2.types import Document
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
-
-
-@dataclass(frozen=True, slots=True)
-class Snapshot:
-    """The chunks at a version, to build a generation of, in any thread."""
-
-    version: int
-    kb_hash: str
-    chunks: pa.Table
-    embedder: Embedder
-    view: View | None
-    """what is encoded already"""
-
-    def build(self, backend: Backend) -> Generation | None:
-        """The generation of all the chunks; None if there are none."""
-        if not len(self.chunks):
-            return None
-        index = backend.fill(Blocks(self._blocks(), self.chunks.column("id").to_numpy()))
-        made_by, count = self.embedder.fingerprint, len(self.chunks)
-        return Generation(index, self.chunks, made_by, self.version, self.kb_hash, 0, count)
-
-    def _blocks(self) -> Iterator[np.ndarray]:
-        """Embeddings [M, D] of WINDOW chunks at a time; known ones are taken as they are."""
-        ids_N, passages = self.chunks.column("id").to_numpy(), Passages(self.chunks)
-        for start in range(0, len(ids_N), WINDOW):
-            ids_M = ids_N[start : start + WINDOW]
-            if self.view is None:
-                yield self.embedder.embed(passages[start : start + WINDOW], "chunk")
-                continue
-            vectors_MD, known_M = self.view.known(ids_M)
-            new = np.flatnonzero(~known_M)
-            if new.size:
-                texts = [passages[start + row] for row in new.tolist()]
-                vectors_MD[new] = self.embedder.embed(texts, "chunk")
-            yield vectors_MD
 
 
 class Live:
@@ -212,7 +175,8 @@ class Live:
                     f"the generation was embedded by encoder {made_by}, "
                     f"not {embedder.fingerprint[:12]}"
                 )
-            if not self._fits(generation):
+            # One from before a compaction is not searched anyway, but made anew of the file.
+            if not (self._holds_erased(generation) or self._fits(generation)):
                 raise UserError(f"the generation is not of {self.path}: its chunks are others")
         self._install(generation, embedder)
 
@@ -239,7 +203,9 @@ class Live:
     def _snapshot(self, embedder: Embedder, known: View | None) -> Snapshot:
         with self._making, self._maker.reading():
             version, kb_hash = self._maker.version, self._maker.content_hash()
-            return Snapshot(version, kb_hash, table_of(self._maker.chunks()), embedder, known)
+            blind = known.blind if known is not None else ()
+            chunks = [chunk for chunk in self._maker.chunks() if chunk.id not in blind]
+            return Snapshot(version, kb_hash, table_of(chunks), embedder, known)
 
     def _install(self, generation: Generation | None, embedder: Embedder) -> None:
         """Commit and search a generation; what was erased since it was begun is not in it."""
@@ -261,14 +227,21 @@ class Live:
         return generation is not None and generation.kb_version < self._maker.oldest
 
     def _fits(self, generation: Generation) -> bool:
-        """Whether the live chunks of a generation have the texts that they have in the file."""
+        """Whether a generation's chunks have the texts that the file has, or had at its version.
+
+        Of one from before a compaction only those that are still live can be looked at, and there
+        has to be one.
+        """
+        version = generation.kb_version
         with self._making, self._maker.reading():
-            alive = {chunk.id: chunk for chunk in self._maker.chunks()}
-            newest = self._maker.version
-        rows = np.flatnonzero(np.isin(generation.ids_N, np.array([*alive], dtype=np.int64)))
-        kept = generation.chunks.take(pa.array(rows))
-        same = table_of([alive[id] for id in kept.column("id").to_pylist()])
-        return generation.kb_version <= newest and kept.equals(same)
+            if version > self._maker.version:
+                return False
+            erased = self._holds_erased(generation)
+            chunks = {c.id: c for c in self._maker.chunks(None if erased else version)}
+        known_N = np.isin(generation.ids_N, np.array([*chunks], dtype=np.int64))
+        kept = generation.chunks.take(pa.array(np.flatnonzero(known_N)))
+        same = kept.equals(table_of([chunks[id] for id in kept.column("id").to_pylist()]))
+        return same and bool(known_N.any() if erased else known_N.all())
 
     def _viewed(
         self,

@@ -7,6 +7,7 @@ not be found (dead rows, other namespaces) is never a candidate: it takes no pla
 Shapes: N rows of a part, M of them chosen, B queries, K results, D embedding.
 """
 
+import logging
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from threading import Lock
@@ -23,6 +24,7 @@ from rag2.retriever.embed import embed_corpus
 from rag2.retriever.encoder import DualEncoder, Side
 from rag2.types import Chunk
 
+logger = logging.getLogger(__name__)
 FEW = 4  # below one row of so many, those that may be found are scored one by one
 ROWS = 1 << 16  # so many at a time
 Hits = tuple[np.ndarray, np.ndarray]  # scores_BK, ids_BK
@@ -148,7 +150,7 @@ class View:
     delta: Part | None
     """of the chunks that the generation does not hold"""
     chunks: Mapping[int, Chunk]
-    """those of the delta"""
+    """those of the delta, and the blind ones"""
 
     def search(
         self, queries_BD: np.ndarray, k: int, namespaces: Collection[str] | None = None
@@ -165,6 +167,12 @@ class View:
         parts = [part for part in (self.base, self.delta) if part is not None]
         found = [part.search(queries_BD, k, namespaces) for part in parts]
         return Found(*merged(found or [_nothing(len(queries_BD))], k), self)
+
+    @property
+    def blind(self) -> set[int]:
+        """Live chunks that the encoder has no finite embedding of: vectors do not find them."""
+        seen = set() if self.delta is None else set(self.delta.index.ids_N.tolist())
+        return self.chunks.keys() - seen
 
     def chunk(self, id: int) -> Chunk:
         """A chunk that this view has found; raises KeyError for one that it does not hold."""
@@ -237,12 +245,26 @@ def embedded(embedder: Embedder, chunks: Sequence[Chunk], old: View | None = Non
 def delta_of(
     embedder: Embedder, added: Sequence[tuple[str, Chunk]], old: View | None = None
 ) -> Part | None:
-    """Chunks with their namespaces, ids increasing, as a part."""
+    """Chunks with their namespaces, ids increasing, as a part.
+
+    One whose embedding is not finite is told and left out: what is committed stays, and none of the
+    others may be missed for it.
+    """
     if not added:
         return None
     vectors_MD = embedded(embedder, [chunk for _, chunk in added], old)
-    names = {chunk.id: name for name, chunk in added}
-    return Part.of(Rows.of(vectors_MD, np.array(list(names))), names)
+    finite_M = np.isfinite(vectors_MD).all(axis=1)
+    for row in np.flatnonzero(~finite_M).tolist():
+        logger.error("%s; no search by vectors finds it", not_finite(added[row][1]))
+    names = {added[row][1].id: added[row][0] for row in np.flatnonzero(finite_M).tolist()}
+    if not names:
+        return None
+    return Part.of(Rows.of(vectors_MD[finite_M], np.array(list(names))), names)
+
+
+def not_finite(chunk: Chunk) -> str:
+    """What there is to say of such a chunk."""
+    return f"chunk {chunk.id} of document {chunk.document!r} has no finite embedding"
 
 
 def _grown(

@@ -63,7 +63,9 @@ def build(serving: Serving) -> App:
         status: {"description": told, "content": {"application/json": {"schema": ERROR}}}
         for status, told in STATUSES.items()
     }
-    app = FastAPI(title="rag2", version=__version__, responses=described, redoc_url=None)
+    app = FastAPI(
+        title="rag2", version=__version__, responses=described, docs_url=None, redoc_url=None
+    )
     _errors(app)
     _operations(app, serving)
     for part in (chat, search, documents):
@@ -82,34 +84,35 @@ def _operations(app: FastAPI, serving: Serving) -> None:
 
     @app.get("/health", tags=["operations"])
     async def health() -> Response:
-        """Whether the process answers."""
-        return replies.Reply({"status": "ok"})
+        """Whether the process is to live on; a system that is still being loaded is."""
+        broken = serving.broken
+        told = {"status": "failed", "reason": broken} if broken else {"status": "ok"}
+        return replies.Reply(told, status_code=503 if broken else 200)
 
     @app.get("/ready", tags=["operations"])
     async def ready() -> Response:
         """Whether it takes questions: verified, warmed up, and not shutting down."""
         state = serving.state()
-        told = {"status": state} | ({"reason": serving.failure} if serving.failure else {})
+        told = {"status": state} | ({"reason": serving.broken} if serving.broken else {})
         return replies.Reply(told, status_code=200 if state == "ready" else 503)
 
     @app.get("/metrics", tags=["operations"])
     async def metrics() -> Response:
         """Counts and times, for Prometheus."""
-        engine = serving.engine if serving.state() in ("ready", "draining") else None
-        text = serving.metrics.text(engine)
+        text = await serving.look(lambda: serving.metrics.text(serving.running))
         return PlainTextResponse(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     @app.get("/v1/models", tags=["operations"])
     async def models() -> Response:
         """The one model there is, and how it answers."""
-        return replies.Reply({"object": "list", "data": [model()]})
+        return replies.Reply({"object": "list", "data": [await serving.look(model)]})
 
     @app.get("/v1/models/{name:path}", tags=["operations"])
     async def one_model(name: str) -> Response:
         """The same by its name."""
         if name != serving.name:
             raise ApiError(404, f"the model is {serving.name!r}", "model_not_found", "model")
-        return replies.Reply(model())
+        return replies.Reply(await serving.look(model))
 
     def model() -> dict[str, Any]:
         rag = serving.rag
@@ -139,6 +142,11 @@ def _errors(app: FastAPI) -> None:
         message = f"{place}: {said}" if place else said
         told = ApiError(422, message[:300], "invalid_request", place or None)
         return replies.Reply(told.body(), status_code=422)
+
+    @app.exception_handler(Exception)
+    async def unforeseen(_: Request, __: Any) -> Response:  # raised again, and logged by Guard
+        told = ApiError(500, "the server failed; its log says why", "internal_error")
+        return replies.Reply(told.body(), status_code=500)
 
     @app.exception_handler(HTTPException)
     async def http(_: Request, error: Any) -> Response:

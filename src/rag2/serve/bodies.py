@@ -114,6 +114,8 @@ class Chat(Sampled):
     def _ends_with_a_question(self) -> "Chat":
         if self.messages[-1].role != "user" or not self.messages[-1].text.strip():
             raise ValueError("the last message must be the user's, and not empty")
+        if sum(len(message.text) for message in self.messages) > limits.TEXT:
+            raise ValueError(f"the messages have more than {limits.TEXT} characters together")
         return self
 
 
@@ -153,6 +155,12 @@ class Score(Options):
 
     question: Text
     choices: Annotated[list[Text], Field(min_length=1, max_length=limits.CHOICES)]
+
+    @model_validator(mode="after")
+    def _short(self) -> "Score":
+        if sum(map(len, self.choices)) > limits.CHOSEN:
+            raise ValueError(f"the choices have more than {limits.CHOSEN} characters together")
+        return self
 
 
 class Embeddings(Body):

@@ -12,7 +12,8 @@ from rag2.generator.prompt import GAP, Prompt
 from rag2.serve import replies
 from rag2.serve.bodies import Chat, Completion, Message, Sampled
 from rag2.serve.errors import ApiError
-from rag2.serve.serving import Serving, unless_gone
+from rag2.serve.events import Events, unless_gone
+from rag2.serve.serving import Serving
 from rag2.types import Question
 
 # (number of the choice, its text or piece, the answer once it is whole) -> the choice as JSON
@@ -121,15 +122,20 @@ async def whole(
 
     async def gathered() -> list[tuple[Answer, dict[str, Any]]]:
         found: dict[int, tuple[Answer, dict[str, Any]]] = {}
-        async for number, said, work in serving.events(asks):
+        async for number, said, work in events:
             if isinstance(said, ApiError):
                 raise said
             if isinstance(said, Answer):
                 total = time.monotonic() - work.began
+                serving.metrics.answered(work, said, total)
                 found[number] = (said, replies.made(work, said, total))
         return [found[number] for number in range(len(asks))]
 
-    pairs = await unless_gone(request, gathered())
+    events = serving.events(asks)
+    try:
+        pairs = await unless_gone(request, gathered())
+    finally:
+        events.close()
     answers = [answer for answer, _ in pairs]
     choices = [choice(number, answer.text, answer) for number, answer in enumerate(answers)]
     told = {"choices": choices, "usage": replies.usage(answers), "rag2": pairs[0][1]}
@@ -145,7 +151,7 @@ def streamed(
     first: Sequence[dict[str, Any]],
 ) -> Response:
     """Pieces as they are certain; citations come with the last one of each choice."""
-    serving.check_room(len(asks))  # while there is still a status to say it with
+    events = serving.events(asks)  # while there is still a status to say an error with
     with_usage = bool(body.stream_options and body.stream_options.include_usage)
 
     async def pieces() -> AsyncIterator[bytes]:
@@ -154,7 +160,7 @@ def streamed(
             opening = {"index": number, "delta": said, "logprobs": None, "finish_reason": None}
             yield replies.event(head.of(None, chunk=True, choices=[opening]))
         try:
-            async for number, said, work in serving.events(asks):
+            async for number, said, work in events:
                 if isinstance(said, ApiError):
                     yield replies.event(said.body())
                     return
@@ -163,10 +169,12 @@ def streamed(
                     yield replies.event(head.of(None, chunk=True, choices=piece))
                     continue
                 answers.append(said)
-                told = replies.made(work, said, time.monotonic() - work.began)
+                total = time.monotonic() - work.began
+                serving.metrics.answered(work, said, total)
+                told = replies.made(work, said, total)
                 last = [choice(number, "", said)]
                 yield replies.event(head.of(said.place, chunk=True, choices=last, rag2=told))
-        except ApiError as error:  # the queue filled up meanwhile
+        except ApiError as error:  # there was no answer in time
             yield replies.event(error.body())
             return
         if with_usage:
@@ -175,6 +183,19 @@ def streamed(
             yield replies.event(head.of(place, chunk=True, choices=[], usage=told_usage))
         yield b"data: [DONE]\n\n"
 
-    return StreamingResponse(
-        pieces(), media_type="text/event-stream", headers={"cache-control": "no-cache"}
-    )
+    return Stream(events, pieces())
+
+
+class Stream(StreamingResponse):
+    """Server-sent events; whatever becomes of the response, what was taken for it is freed."""
+
+    def __init__(self, events: Events, pieces: AsyncIterator[bytes]) -> None:
+        headers = {"cache-control": "no-cache"}
+        super().__init__(pieces, media_type="text/event-stream", headers=headers)
+        self._events = events
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._events.close()

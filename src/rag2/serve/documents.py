@@ -21,14 +21,14 @@ def router(serving: Serving) -> APIRouter:
     """The endpoints of documents; changing them takes the token."""
     routes = APIRouter(tags=["documents"])
 
-    def place() -> dict[str, Any]:
-        return replies.where(serving.rag.place(serving.rag.live.view()))
+    async def place() -> dict[str, Any]:
+        return replies.where(await serving.place())
 
     @routes.get("/v1/documents")
     async def listed(namespace: Namespace = "", after: After = "", limit: Limit = 100) -> Response:
         """Documents in the order of their ids, those after `after`."""
         rag = serving.rag
-        found = await serving.change(lambda: rag.documents(namespace, after, limit + 1))
+        found = await serving.look(lambda: rag.documents(namespace, after, limit + 1))
         data = [{"id": d.id, "title": d.title, "characters": len(d.text)} for d in found[:limit]]
         return replies.Reply({"object": "list", "data": data, "has_more": len(found) > limit})
 
@@ -36,7 +36,7 @@ def router(serving: Serving) -> APIRouter:
     async def shown(id: Id, namespace: Namespace = "") -> Response:
         """A document, whole."""
         rag = serving.rag
-        document = await serving.change(lambda: rag.document(id, namespace))
+        document = await serving.look(lambda: rag.document(id, namespace))
         if document is None:
             raise _missing(id)
         told = {"id": document.id, "title": document.title, "text": document.text}
@@ -49,9 +49,9 @@ def router(serving: Serving) -> APIRouter:
         rag = serving.rag
         documents = [Document(d.id, d.text, d.title, d.metadata) for d in body.documents]
         done = await serving.change(lambda: rag.put(documents, body.namespace))
-        serving.refresh_if_due()
+        await serving.refresh_if_due()
         counts = {"added": done.added, "updated": done.updated, "unchanged": done.unchanged}
-        return replies.Reply({**counts, "chunks": done.chunks, "rag2": place()})
+        return replies.Reply({**counts, "chunks": done.chunks, "rag2": await place()})
 
     @routes.delete("/v1/documents/{id:path}")
     async def removed(id: Id, request: Request, namespace: Namespace = "") -> Response:
@@ -67,14 +67,14 @@ def router(serving: Serving) -> APIRouter:
         chunks = await serving.change(remove)
         if chunks is None:
             raise _missing(id)
-        return replies.Reply({"deleted": True, "id": id, "chunks": chunks, "rag2": place()})
+        return replies.Reply({"deleted": True, "id": id, "chunks": chunks, "rag2": await place()})
 
     @routes.post("/v1/refresh")
     async def refreshed(request: Request) -> Response:
         """Build an index of all documents as they are now and swap it in."""
         serving.authorize(request)
         await serving.change(serving.refresh)
-        return replies.Reply({"rag2": place()})
+        return replies.Reply({"rag2": await place()})
 
     return routes
 

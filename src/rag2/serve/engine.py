@@ -4,12 +4,10 @@ New answers join those that are being written between two tokens (continuous bat
 2022, Orca), their questions searched together. What one of them does wrong is its own affair.
 """
 
-import logging
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from rag2.answering.ask import Ask
@@ -17,33 +15,9 @@ from rag2.answering.draft import Draft
 from rag2.answering.rag import Rag, step
 from rag2.generator.mixture import Mixtures
 from rag2.modes import evaluating
-from rag2.registry import UserError
-from rag2.serve.errors import ApiError, busy, draining, late
+from rag2.serve.errors import ApiError, busy, draining, late, log, told
 from rag2.serve.limits import Limits
-
-logger = logging.getLogger(__name__)
-Tell = Callable[[Any], None]
-
-
-@dataclass(slots=True, eq=False)
-class Work:
-    """Something to do, and whom to tell: an Ask to answer, or a call to make.
-
-    An answer is told in pieces of text, then as an `Answer`; a call by its result. Either ends with
-    an exception instead if it fails.
-    """
-
-    what: Ask | Callable[[], Any]
-    tell: Tell
-    until: float
-    """time.monotonic() of the deadline"""
-    cancelled: bool = False
-    """set by whoever does not want it any more"""
-    began: float = field(default_factory=time.monotonic)
-    searched: float = 0.0
-    """seconds that the search took"""
-    first: float | None = None
-    """seconds until the first token"""
+from rag2.serve.work import Work
 
 
 class Engine:
@@ -56,6 +30,9 @@ class Engine:
         self._mixtures = Mixtures(rag.generator.model, limits.remembered)
         self._changed = threading.Condition()
         self._closing = False
+        self._joining: list[Work] = []
+        self._crashed = False
+        self._moved: float | None = None  # when its last piece of work began; None: it waits
         self._pace = 0.1  # seconds between two answers, a moving average
         self._last = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -71,6 +48,16 @@ class Engine:
         """Answers that are being written."""
         return len(self._live)
 
+    @property
+    def failure(self) -> str:
+        """Why nothing will be answered any more; empty if all is well."""
+        if self._crashed:
+            return "the engine crashed"
+        moved = self._moved
+        if moved is not None and time.monotonic() - moved > self.limits.stuck_seconds:
+            return f"the engine has not moved for {self.limits.stuck_seconds:g} s"
+        return ""
+
     def check_room(self, count: int = 1) -> None:
         """Raise ApiError, 429 or 503, if so many more requests cannot be taken now."""
         if self._closing:
@@ -85,6 +72,13 @@ class Engine:
             self._waiting += works
             self._changed.notify()
 
+    def give_up(self, works: Sequence[Work]) -> None:
+        """Nobody wants these any more: places in the queue are free at once, others soon."""
+        with self._changed:
+            for work in works:
+                work.cancelled = True
+            self._waiting = deque(work for work in self._waiting if not work.cancelled)
+
     def close(self, seconds: float) -> bool:
         """Take nothing more and finish what was taken; whether that was done in time."""
         with self._changed:
@@ -96,18 +90,34 @@ class Engine:
     # ----- the thread ----------------------------------------------------------------------------
 
     def _run(self) -> None:
-        with evaluating(self.rag.generator.model):
-            while (joining := self._next()) is not None:
-                self._drop_unwanted()
-                self._join(joining)
-                if self._live:
-                    self._step()
+        try:
+            with evaluating(self.rag.generator.model):
+                while (joining := self._next()) is not None:
+                    self._joining = joining
+                    self._drop_unwanted()
+                    self._join(joining)
+                    if self._live:
+                        self._step()
+        except BaseException as error:  # what no request can be blamed for
+            log(error, "the engine crashed")
+            self.abandon()
+
+    def abandon(self) -> None:
+        """Tell everybody who waits that there will be no answer."""
+        with self._changed:
+            self._crashed = self._closing = True
+            left = [*self._joining, *(work for work, _ in self._live.values()), *self._waiting]
+            self._waiting.clear()
+        for work in left:
+            work.tell(ApiError(500, "the server has failed and ends", "engine_failed"))
 
     def _next(self) -> list[Work] | None:
         """What to begin now, after a wait if there is nothing to do; None: the end."""
         with self._changed:
             while not self._waiting and not self._live and not self._closing:
+                self._moved = None
                 self._changed.wait()
+            self._moved = time.monotonic()
             if self._closing and not self._waiting and not self._live:
                 return None
             joining: list[Work] = []
@@ -146,14 +156,21 @@ class Engine:
                 asked.append(work)
             else:
                 self._call(work, work.what)
-        drafts = self._drafts(asked)
-        if not drafts:
-            return
+        if drafts := self._drafts(asked):
+            self._begin(drafts)
+
+    def _begin(self, drafts: Sequence[tuple[Work, Draft]]) -> None:
+        """Read their prompts; together, or one by one where one of them cannot be read."""
+        self._moved = time.monotonic()
         try:
             with self.rag.reading:
                 self._mixtures.add([draft.mixture for _, draft in drafts])
         except Exception as error:  # whatever it is, those that run go on
-            self._fail(drafts, error)
+            if len(drafts) == 1:
+                drafts[0][0].tell(told(error))
+                return
+            for pair in drafts:
+                self._begin([pair])
             return
         for work, draft in drafts:
             self._live[id(draft)] = (work, draft)
@@ -162,7 +179,7 @@ class Engine:
         """Answers that have no token yet; together, or one by one where one of them is wrong."""
         if not works:
             return []
-        began = time.monotonic()
+        began = self._moved = time.monotonic()
         try:
             drafts = self.rag.drafts([work.what for work in works if isinstance(work.what, Ask)])
         except Exception as error:
@@ -176,6 +193,7 @@ class Engine:
         return list(zip(works, drafts, strict=True))
 
     def _call(self, work: Work, call: Callable[[], Any]) -> None:
+        self._moved = time.monotonic()
         try:
             result = call()
         except Exception as error:
@@ -185,40 +203,46 @@ class Engine:
 
     def _step(self) -> None:
         """One token more for every answer."""
-        pairs = list(self._live.values())
+        pairs, failed = list(self._live.values()), dict[int, Exception]()
+        self._moved = time.monotonic()
         try:
             with self.rag.reading:
-                step(self._mixtures, [draft for _, draft in pairs])
-        except Exception as error:
+                step(self._mixtures, [draft for _, draft in pairs], failed)
+        except Exception as error:  # of the model: nobody's own, and all lose their places in it
             self._live.clear()
             self._mixtures = Mixtures(self.rag.generator.model, self.limits.remembered)
-            self._fail(pairs, error)
+            said = told(error)
+            for work, _ in pairs:
+                work.tell(said)
             return
         for work, draft in pairs:
-            if work.first is None:
-                work.first = time.monotonic() - work.began
-            if piece := draft.news():
-                work.tell(piece)
+            if error := failed.get(id(draft)):
+                del self._live[id(draft)]
+                work.tell(told(error))
+            else:
+                self._tell(work, draft)
+
+    def _tell(self, work: Work, draft: Draft) -> None:
+        """What is new of an answer."""
+        if work.first is None:
+            work.first = time.monotonic() - work.began
+        try:
+            piece = draft.news()
+            answer = draft.answer() if draft.finish else None
+        except Exception as error:
+            work.tell(told(error))
+            work.cancelled = True
             if draft.finish:
                 del self._live[id(draft)]
-                self._finished()
-                work.tell(draft.answer())
-
-    def _fail(self, pairs: Sequence[tuple[Work, Draft]], error: Exception) -> None:
-        for work, _ in pairs:
-            work.tell(told(error))
+            return
+        if piece:
+            work.tell(piece)
+        if answer is not None:
+            del self._live[id(draft)]
+            self._finished()
+            work.tell(answer)
 
     def _finished(self) -> None:
         now = time.monotonic()
         self._pace += 0.1 * (min(now - self._last, 10.0) - self._pace)
         self._last = now
-
-
-def told(error: Exception) -> ApiError:
-    """What a client is told of an exception: a mistake of its own in full, ours without details."""
-    if isinstance(error, ApiError):
-        return error
-    if isinstance(error, UserError):
-        return ApiError(400, " ".join(str(error).split()), "invalid_request")
-    logger.error("a request failed", exc_info=error)
-    return ApiError(500, "the server failed to answer; its log says why", "internal_error")

@@ -1,7 +1,13 @@
 """What went wrong, in the shape that OpenAI's clients expect."""
 
+import logging
+import sqlite3
+import traceback
 from collections.abc import Mapping
 
+from rag2.registry import UserError
+
+logger = logging.getLogger(__name__)
 TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
@@ -39,6 +45,23 @@ def busy(seconds: float) -> ApiError:
 def late(seconds: float) -> ApiError:
     """An answer took longer than a request may."""
     return ApiError(408, f"no answer within {seconds:g} s", "deadline_exceeded")
+
+
+def told(error: Exception) -> ApiError:
+    """What a client is told of an exception: a mistake of its own in full, ours without details."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, UserError):
+        return ApiError(400, " ".join(str(error).split()), "invalid_request")
+    log(error, "a request failed")
+    return ApiError(500, "the server failed to answer; its log says why", "internal_error")
+
+
+def log(error: BaseException, what: str) -> None:
+    """Write where an exception came from; not what it says, which may repeat a document."""
+    said = f": {error}" if isinstance(error, OSError | MemoryError | sqlite3.Error) else ""
+    frames = "".join(traceback.format_tb(error.__traceback__)).rstrip()
+    logger.error("%s: %s%s\n%s", what, type(error).__name__, said, frames)
 
 
 def draining() -> ApiError:

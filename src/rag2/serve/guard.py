@@ -7,15 +7,18 @@ many of these: its own error message repeats what it cannot encode.)
 
 import json
 import math
+import re
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-from rag2.serve.errors import ApiError
+from rag2.serve.errors import ApiError, busy, log
 from rag2.serve.limits import Limits
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
+# A JSON string, or what is left of one; possessive, so that a hostile one costs no more.
+STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
 App = Callable[[Any, Receive, Send], Awaitable[None]]
 
 
@@ -24,6 +27,7 @@ class Guard:
 
     def __init__(self, app: App, limits: Limits, admit: Callable[[str, str], None]) -> None:
         self.app, self.limits, self.admit = app, limits, admit
+        self._held = 0  # bytes of bodies that are being received
 
     async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -37,7 +41,24 @@ class Guard:
             await respond(send, error)
             return
         if body is not None:
-            await self.app(scope, _replayed(body, receive), send)
+            await self._run(scope, _replayed(body, receive), send)
+
+    async def _run(self, scope: Any, receive: Receive, send: Send) -> None:
+        """The application; what it does not catch is logged, and answered while it still can be."""
+        started = False
+
+        async def noted(message: Message) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        try:
+            await self.app(scope, receive, noted)
+        except Exception as error:
+            log(error, "a response failed")
+            if not started:
+                failed = ApiError(500, "the server failed; its log says why", "internal_error")
+                await respond(send, failed)
 
     def _check_headers(self, scope: Any) -> None:
         size = len(scope["raw_path"]) + len(scope["query_string"])
@@ -52,22 +73,33 @@ class Guard:
             if name == b"content-length" and value.isdigit() and int(value) > most:
                 raise _too_large(most)
         body = bytearray()
-        while True:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                return None
-            body += message.get("body", b"")
-            if len(body) > most:
-                raise _too_large(most)
-            if not message.get("more_body"):
-                break
+        try:
+            while True:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    return None
+                piece = message.get("body", b"")
+                body += piece
+                self._held += len(piece)
+                if len(body) > most:
+                    raise _too_large(most)
+                if self._held > self.limits.bodies:
+                    raise busy(1.0)
+                if not message.get("more_body"):
+                    break
+        finally:
+            self._held -= len(body)
         if body:
-            check_json(bytes(body), self.limits.depth)
+            check_json(bytes(body), self.limits.depth, self.limits.values)
         return bytes(body)
 
 
-def check_json(body: bytes, depth: int) -> None:
-    """Raise ApiError, 422, for what is no JSON that can be written again."""
+def check_json(body: bytes, depth: int, values: int) -> None:
+    """Raise ApiError, 422, for what is no JSON that can be written again, or more than so much."""
+    if _marks(body) > values:
+        bare, strings = STRING.subn(b"", body, values + 2)  # no two strings without a mark
+        if strings > values + 1 or _marks(bare) > values:
+            raise _bad(f"the body has more than {values} values")
     try:
         text = body.decode("utf-8")
         value = json.loads(text, parse_constant=_refuse_constant)
@@ -80,6 +112,11 @@ def check_json(body: bytes, depth: int) -> None:
     deep = text.count("[") + text.count("{") > depth
     if deep or "\\u" in text or "e" in text or "E" in text:
         _look_through(value, depth)
+
+
+def _marks(body: bytes) -> int:
+    """An upper bound of the number of values."""
+    return sum(map(body.count, (b",", b":", b"[", b"{")))
 
 
 def _look_through(value: Any, depth: int) -> None:
@@ -119,8 +156,8 @@ def _bad(message: str) -> ApiError:
 
 
 def _too_large(most: int) -> ApiError:
-    message = f"the body has more than {most} bytes"
-    return ApiError(413, message, "body_too_large", headers={"connection": "close"})
+    # The connection stays: what is still sent is passed over, so that the client reads this.
+    return ApiError(413, f"the body has more than {most} bytes", "body_too_large")
 
 
 def too_long(limits: Limits) -> ApiError:

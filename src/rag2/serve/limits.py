@@ -13,6 +13,7 @@ CHOICES = 64
 INPUTS = 256
 DOCUMENTS = 256
 TURNS = 256
+CHOSEN = 1 << 14  # characters of all choices: each is read after each chunk
 STOPS = 4
 NAMESPACES = 64
 NAME = 512  # characters of an id, a namespace, a model's name
@@ -25,12 +26,18 @@ class Limits(Config):
     """longest request line and headers together; more is 431"""
     body_bytes: int = Field(default=4 << 20, ge=1 << 10)
     """longest body; more is 413, while it is still being sent"""
+    values: int = Field(default=1 << 16, ge=1 << 8)
+    """how many values the JSON of a body may have"""
+    bodies: int = Field(default=256 << 20, ge=1 << 20)
+    """bytes of all bodies that are being received; more is 429"""
     depth: int = Field(default=64, ge=4)
     """how deep JSON may be nested"""
     read_seconds: float = Field(default=10.0, gt=0)
     """until a request that has begun must be complete, and unread output be read"""
     deadline: float = Field(default=60.0, gt=0)
     """seconds for an answer, waiting included"""
+    stuck_seconds: float = Field(default=120.0, gt=0)
+    """for one step or call of the engine; the server ends itself after more"""
     drain_seconds: float = Field(default=60.0, gt=0)
     """after SIGTERM, for answers that were accepted"""
     connections: int = Field(default=1024, ge=1)

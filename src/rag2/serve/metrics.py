@@ -3,8 +3,9 @@
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from rag2.answering.ask import Answer
-from rag2.serve.engine import Engine, Work
+from rag2.serve.engine import Engine
 from rag2.serve.relay import Relay
+from rag2.serve.work import Work
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 

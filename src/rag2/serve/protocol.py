@@ -5,6 +5,9 @@ as long; uvicorn itself lets both hang for ever. (h11, not httptools, whose buff
 """
 
 import asyncio
+import socket
+import struct
+from collections.abc import Callable
 from typing import Any
 
 import h11
@@ -15,8 +18,8 @@ from rag2.serve.guard import encoded, too_long
 from rag2.serve.limits import Limits
 
 
-def protocol(limits: Limits) -> type[H11Protocol]:
-    """The class of connections with these limits."""
+def protocol(limits: Limits, refused: Callable[[bytes], bytes | None]) -> type[H11Protocol]:
+    """The class of connections with these limits; `refused` answers what there is no room for."""
 
     class Impatient(H11Protocol):
         _reading: asyncio.TimerHandle | None = None
@@ -34,6 +37,10 @@ def protocol(limits: Limits) -> type[H11Protocol]:
             super().connection_lost(exc)
 
         def data_received(self, data: bytes) -> None:
+            if self._fresh() and (response := refused(data)) is not None:
+                self.transport.write(response)
+                self.on_response_complete()
+                return
             super().data_received(data)
             if not self.transport.is_closing():
                 self._watch()
@@ -43,9 +50,15 @@ def protocol(limits: Limits) -> type[H11Protocol]:
             if not self.transport.is_closing():
                 self._watch()
 
+        def shutdown(self) -> None:
+            try:
+                super().shutdown()
+            except h11.LocalProtocolError:  # it had failed already
+                self.transport.close()
+
         def pause_writing(self) -> None:
             super().pause_writing()
-            self._writing = self.loop.call_later(limits.read_seconds, self.transport.abort)
+            self._writing = self.loop.call_later(limits.read_seconds, self._too_slow)
 
         def resume_writing(self) -> None:
             super().resume_writing()
@@ -74,6 +87,11 @@ def protocol(limits: Limits) -> type[H11Protocol]:
                 pass  # it came in the middle of a response
             self.transport.close()
 
+        def _fresh(self) -> bool:
+            """Whether a request begins with the next byte."""
+            idle = self.conn.their_state is h11.IDLE and self.conn.our_state is h11.IDLE
+            return idle and not self.conn.trailing_data[0] and not self.transport.is_closing()
+
         def _watch(self) -> None:
             """Let the clock run while the client owes something, from its first byte on."""
             owes = self.conn.their_state in (h11.IDLE, h11.SEND_BODY)
@@ -86,7 +104,9 @@ def protocol(limits: Limits) -> type[H11Protocol]:
                 self._reading = None
 
         def _too_slow(self) -> None:
-            self._reading = None
+            line = self.transport.get_extra_info("socket")
+            # Reset it, or the system keeps what is unread for many minutes more.
+            line.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self.transport.abort()
 
         def _forget(self) -> None:

@@ -11,14 +11,15 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 from rag2.answering.ask import Answer, Ask
 from rag2.answering.remote import Remote
 from rag2.answering.wire import Unavailable
-from rag2.serve.engine import Work, told
-from rag2.serve.errors import ApiError, busy, draining, late
+from rag2.serve.errors import ApiError, busy, draining, late, told
 from rag2.serve.limits import Limits
+from rag2.serve.work import Work
 
 logger = logging.getLogger(__name__)
 LOOK = 0.1  # seconds between two looks at who has left
@@ -50,6 +51,12 @@ class Relay:
         """Requests that are being worked on."""
         return len(self._live)
 
+    @property
+    def failure(self) -> str:
+        """Why nothing will be answered any more; empty if all is well."""
+        over = self._running.done() and not self._closing
+        return "the relay to the generator's server crashed" if over else ""
+
     def check_room(self, count: int = 1) -> None:
         """Raise ApiError, 429 or 503, if so many more requests cannot be taken now."""
         if self._closing:
@@ -63,6 +70,22 @@ class Relay:
             self.check_room(len(works))
             self._waiting += works
         self._notify()
+
+    def give_up(self, works: Sequence[Work]) -> None:
+        """Nobody wants these any more: their places in the queue are free at once, others soon."""
+        for work in works:
+            work.cancelled = True
+        with suppress(RuntimeError):  # the loop has ended, and all its work with it
+            self._notify()
+
+    def abandon(self) -> None:
+        """Tell everybody who waits that there will be no answer."""
+        with self._lock:
+            self._closing = True
+            left = [*self._live.values(), *self._waiting]
+            self._waiting.clear()
+        for work in left:
+            work.tell(ApiError(500, "the server has failed and ends", "engine_failed"))
 
     def close(self, seconds: float) -> bool:
         """Take nothing more and finish what was taken; whether that was done in time."""

@@ -12,7 +12,7 @@ from urllib.parse import quote
 from starlette.responses import Response
 
 from rag2.answering.ask import Answer, Citation, Place
-from rag2.serve.engine import Work
+from rag2.serve.work import Work
 
 LOWEST = -9999.0  # what OpenAI writes for a log-probability of nothing
 

@@ -85,14 +85,18 @@ def router(serving: Serving) -> APIRouter:
     @routes.post("/v1/embeddings")
     async def embeddings(body: Embeddings, request: Request) -> Response:
         """Embeddings of documents, or of queries with input_type=query."""
-        encoder = serving.rag.live.view().embedder
-        if body.dimensions not in (None, encoder.dimension):
-            raise ApiError(
-                422, f"dimensions: this encoder has {encoder.dimension}", "dimensions", "dimensions"
-            )
+        rag = serving.rag
         side = "question" if body.input_type == "query" else "chunk"
-        vectors_ND = await serving.call(request, lambda: encoder.embed(body.texts, side))
-        tokens = sum(map(len, serving.rag.encoder.tokenize(body.texts, side)))
+
+        def embedded() -> tuple[np.ndarray, int]:
+            encoder = rag.live.view().embedder
+            if body.dimensions not in (None, encoder.dimension):
+                said = f"dimensions: this encoder has {encoder.dimension}"
+                raise ApiError(422, said, "dimensions", "dimensions")
+            read = rag.encoder.tokenize(body.texts, side)
+            return encoder.embed(body.texts, side), sum(map(len, read))
+
+        vectors_ND, tokens = await serving.call(request, embedded)
         data = []
         for index, vector_D in enumerate(vectors_ND.astype("<f4")):
             packed: Any = vector_D.tolist()

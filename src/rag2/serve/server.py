@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 import secrets
 import socket
 import threading
@@ -16,6 +17,7 @@ from rag2.registry import UserError
 from rag2.serve.app import build
 from rag2.serve.limits import Limits
 from rag2.serve.protocol import protocol
+from rag2.serve.refusal import Refusal
 from rag2.serve.serving import Serving
 
 logger = logging.getLogger(__name__)
@@ -30,10 +32,12 @@ class Server(uvicorn.Server):
         self.serving, self.load = serving, load
         self.socket = _listen(host, port)
         self.failed: UserError | None = None
+        self.broken = False
+        """whether the engine failed"""
         self._rag: System | None = None
         config = uvicorn.Config(
             build(serving),
-            http=protocol(serving.limits),
+            http=protocol(serving.limits, Refusal(serving).of),
             ws="none",
             lifespan="off",
             log_config=None,
@@ -51,6 +55,15 @@ class Server(uvicorn.Server):
         host, port = self.socket.getsockname()[:2]
         return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
+    async def on_tick(self, counter: int) -> bool:
+        """Ten times a second: an engine that answers no more ends the process."""
+        engine = self.serving.running
+        if engine is not None and engine.failure and not self.should_exit:
+            logger.critical("%s: the server ends", engine.failure)
+            self.serving.abandon()
+            self.broken = self.should_exit = True
+        return await super().on_tick(counter)
+
     def handle_exit(self, sig: int, frame: Any) -> None:
         """The first signal drains; the second ends at once."""
         if self.serving.draining:
@@ -60,13 +73,19 @@ class Server(uvicorn.Server):
         threading.Thread(target=self._drain, daemon=True).start()
 
     def answer(self, when_ready: Callable[[], None]) -> None:
-        """Serve until a signal ends it; raises UserError for a system that cannot be loaded."""
+        """Serve until a signal ends it.
+
+        Raises UserError for a system that cannot be loaded, and SystemExit, 1, for an engine that
+        crashed or hangs, so that a supervisor starts the server again.
+        """
         threading.Thread(target=self._load, args=(when_ready,), daemon=True).start()
         try:
             asyncio.run(self.serve(sockets=[self.socket]))
         finally:
-            if self._rag is not None:
+            if self._rag is not None and not self.broken:
                 self._rag.close()
+        if self.broken:
+            raise SystemExit(1)
         if self.failed is not None:
             raise self.failed
 
@@ -121,4 +140,8 @@ def serve(load: Callable[[], System], name: str, host: str, port: int, token: st
         with suppress(BrokenPipeError):
             print(f"ready: {shown}", flush=True)  # noqa: T201 (the command's output)
 
-    server.answer(tell)
+    try:
+        server.answer(tell)
+    except SystemExit as ended:  # without waiting for a thread that may never end
+        logging.shutdown()
+        os._exit(int(ended.code or 0))

@@ -3,22 +3,24 @@
 import asyncio
 import hmac
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from starlette.requests import Request
 
-from rag2.answering.ask import Answer, Ask
+from rag2.answering.ask import Ask, Place
 from rag2.answering.remote import Remote, System
-from rag2.serve.engine import Engine, Work, told
-from rag2.serve.errors import ApiError, busy, draining
+from rag2.serve.engine import Engine
+from rag2.serve.errors import ApiError, busy, draining, log, told
+from rag2.serve.events import Events, in_time, pass_on, unless_gone
 from rag2.serve.limits import Limits
 from rag2.serve.metrics import Metrics
 from rag2.serve.relay import Relay
+from rag2.serve.work import Work
 
 WRITERS = 8  # changes of documents that may wait for one another
+LOOKERS = 64  # look-ups that may wait
 NEWER = 1000  # chunks that may be newer than the index, where it is small
-Event = tuple[int, "str | Answer | ApiError", Work]
 
 
 class Serving:
@@ -29,10 +31,10 @@ class Serving:
         self.metrics = Metrics()
         self.draining = False
         self.failure = ""
-        """why there will be no system"""
+        """why there is no system, or none any more"""
         self._engine: Engine | Relay | None = None
         self._writing = asyncio.Lock()
-        self._writers = 0
+        self._writers = self._lookers = 0
         self._refreshing: asyncio.Future[None] | None = None
 
     def start(self, rag: System) -> None:
@@ -40,6 +42,11 @@ class Serving:
         rag.answer("Is anybody there?", max_new_tokens=1)
         remote = isinstance(rag, Remote)
         self._engine = Relay(rag, self.limits) if remote else Engine(rag, self.limits)
+
+    @property
+    def running(self) -> Engine | Relay | None:
+        """What answers; None while there is no system."""
+        return self._engine
 
     @property
     def engine(self) -> Engine | Relay:
@@ -53,19 +60,34 @@ class Serving:
         """The system; raises as `engine` does."""
         return self.engine.rag
 
+    @property
+    def broken(self) -> str:
+        """Why there is no system, or none any more; empty if all is well."""
+        return self.failure or (self._engine.failure if self._engine else "")
+
     def state(self) -> str:
         """ready, starting, draining or failed."""
-        if self.failure:
+        if self.broken:
             return "failed"
         if self.draining:
             return "draining"
         return "starting" if self._engine is None else "ready"
 
+    def abandon(self) -> None:
+        """Tell everybody who waits that there will be no answer; new requests get 503."""
+        self.failure = self.broken
+        self.draining = True
+        if self._engine is not None:
+            self._engine.abandon()
+
     def drain(self) -> bool:
         """Take nothing more, finish what was taken; whether that was done in time."""
         self.draining = True
+        until = time.monotonic() + self.limits.drain_seconds
         done = self._engine is None or self._engine.close(self.limits.drain_seconds)
-        return done
+        while self._writers and time.monotonic() < until:
+            time.sleep(0.02)
+        return done and not self._writers
 
     # ----- work ----------------------------------------------------------------------------------
 
@@ -75,34 +97,9 @@ class Serving:
             raise draining()
         self.engine.check_room(count)
 
-    async def events(self, asks: Sequence[Ask]) -> AsyncIterator[Event]:
-        """Pieces of text and whole answers, each with the number of its ask, as they are made.
-
-        An error ends it. Whoever stops listening frees what was taken.
-        """
-        loop, told_of = asyncio.get_running_loop(), asyncio.Queue[Event]()
-        until = time.monotonic() + self.limits.deadline
-        works: list[Work] = []
-        for number, ask in enumerate(asks):
-
-            def tell(event: Any, number: int = number) -> None:
-                pass_on(loop, told_of, (number, event, works[number]))
-
-            works.append(Work(ask, tell, until))
-        self.engine.submit(works)
-        left = len(works)
-        try:
-            while left:
-                event = await told_of.get()
-                if isinstance(event[1], Answer):
-                    left -= 1
-                    self.metrics.answered(event[2], event[1], time.monotonic() - event[2].began)
-                yield event
-                if isinstance(event[1], ApiError):
-                    return
-        finally:
-            for work in works:
-                work.cancelled = True
+    def events(self, asks: Sequence[Ask]) -> Events:
+        """Answers as they are made; taken at once, or ApiError as `check_room`."""
+        return Events(self.engine, asks)
 
     async def call(self, request: Request, call: Callable[[], Any]) -> Any:
         """The result of a call that reads a model, made by the engine in its turn."""
@@ -111,12 +108,29 @@ class Serving:
         work = Work(call, lambda event: pass_on(loop, result, event), until)
         self.engine.submit([work])
         try:
-            found = await unless_gone(request, result.get())
+            found = await unless_gone(request, in_time(result, self.engine, work))
         finally:
-            work.cancelled = True
+            self.engine.give_up([work])
         if isinstance(found, ApiError):
             raise found
         return found
+
+    async def look(self, call: Callable[[], Any]) -> Any:
+        """The result of a call that only looks something up, which may have to wait for a lock."""
+        if self._lookers >= LOOKERS:
+            raise busy(1.0)
+        self._lookers += 1
+        try:
+            return await asyncio.to_thread(call)
+        except Exception as error:
+            raise told(error) from error
+        finally:
+            self._lookers -= 1
+
+    async def place(self) -> Place:
+        """The state of the last change."""
+        rag = self.rag
+        return await self.look(lambda: rag.place(rag.live.view()))
 
     async def change(self, change: Callable[[], Any]) -> Any:
         """The result of a change of documents; one at a time, and it is not given up."""
@@ -128,8 +142,6 @@ class Serving:
         try:
             async with self._writing:
                 return await asyncio.shield(asyncio.to_thread(change))
-        except ApiError:
-            raise
         except Exception as error:
             raise told(error) from error
         finally:
@@ -140,13 +152,21 @@ class Serving:
         self.rag.live.refresh()
         self.metrics.swaps.inc()
 
-    def refresh_if_due(self) -> None:
+    async def refresh_if_due(self) -> None:
         """Refresh in the background where what is newer than the index slows the search down."""
+        if await self.look(self._due) and (self._refreshing is None or self._refreshing.done()):
+            self._refreshing = asyncio.ensure_future(asyncio.to_thread(self._refresh_quietly))
+
+    def _due(self) -> bool:
         view = self.rag.live.view()
         newer = len(view.delta.index) if view.delta else 0
-        if newer > max(NEWER, (len(view.base.index) if view.base else 0) // 10):
-            if self._refreshing is None or self._refreshing.done():
-                self._refreshing = asyncio.ensure_future(asyncio.to_thread(self.refresh))
+        return newer > max(NEWER, (len(view.base.index) if view.base else 0) // 10)
+
+    def _refresh_quietly(self) -> None:
+        try:
+            self.refresh()
+        except Exception as error:  # the index stays as it was, and is as right
+            log(error, "the index could not be refreshed")
 
     def authorize(self, request: Request) -> None:
         """Raise ApiError, 401, without the token."""
@@ -160,30 +180,3 @@ class Serving:
                 "invalid_token",
                 headers={"www-authenticate": "Bearer"},
             )
-
-
-def pass_on(loop: asyncio.AbstractEventLoop, queue: asyncio.Queue[Any], event: Any) -> None:
-    """Put an event into a queue of a loop that may be gone."""
-    try:
-        loop.call_soon_threadsafe(queue.put_nowait, event)
-    except RuntimeError:  # the loop was closed: nobody listens
-        pass
-
-
-async def unless_gone(request: Request, result: Any) -> Any:
-    """What an awaitable gives; raises ApiError where the client leaves before."""
-    wanted = asyncio.ensure_future(result)
-    gone = asyncio.ensure_future(_gone(request))
-    try:
-        await asyncio.wait([wanted, gone], return_when=asyncio.FIRST_COMPLETED)
-        if wanted.done():
-            return wanted.result()
-        raise ApiError(499, "the client is gone", "client_gone")  # nobody reads it
-    finally:
-        for task in (wanted, gone):
-            task.cancel()
-
-
-async def _gone(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass

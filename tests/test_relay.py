@@ -139,7 +139,7 @@ def test_it_says_how_it_can_read_and_refuses_the_rest(http: httpx.Client, questi
     assert http.get("/metrics").status_code == 200
 
 
-@pytest.mark.parametrize("fault", ["breaks", "html", "busy", "floods", "null", "hangs up"])
+@pytest.mark.parametrize("fault", ["breaks", "html", "busy", "floods", "null", "hangs up", "locks"])
 def test_a_server_that_fails_is_503_and_the_next_answer_is_good(
     http: httpx.Client, fake: Fake, server: Server, question: str, fault: str
 ):

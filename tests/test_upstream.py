@@ -258,7 +258,19 @@ def test_the_key_is_sent_and_every_setting_is_said(home_system: Rag, fake: Fake)
     assert asked["stop"] == ["\n"]
 
 
-FAULTS = ["breaks", "moves", "packs", "floods", "null", "nan", "busy", "short", "html", "fails"]
+FAULTS = [
+    "breaks",
+    "moves",
+    "packs",
+    "floods",
+    "null",
+    "nan",
+    "busy",
+    "short",
+    "html",
+    "fails",
+    "locks",
+]
 
 
 CASES = [(fault, reading) for fault in FAULTS for reading in ("marginal", "concat")]

@@ -146,6 +146,8 @@ class Fake:
             case "busy once":
                 self.fault = ""
                 return PlainTextResponse("later", status_code=429)
+            case "locks":
+                return PlainTextResponse("no", status_code=401)
             case "breaks":
                 return PlainTextResponse("a trace\nof a stack", status_code=500)
             case "moves":

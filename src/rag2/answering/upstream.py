@@ -18,6 +18,7 @@ from rag2.answering.wire import (
     Completion,
     Model,
     Models,
+    Refused,
     Unavailable,
     body_of,
     events,
@@ -239,7 +240,7 @@ class Upstream:
         """What a status says."""
         status = response.status_code
         if status in (401, 403):
-            return UserError(f"{self.url} refuses the key ({status}): set RAG2_GENERATOR_KEY")
+            return Unavailable(f"{self.url} refuses the key ({status}): set RAG2_GENERATOR_KEY")
         if path == "/models" and 300 <= status < 500 and status not in (408, 429):
             told = f"{self.url}/models answers {status}: no such API there"
             return UserError(f"{told}; an address usually ends in /v1")
@@ -247,10 +248,6 @@ class Upstream:
         if status in (400, 404, 413, 422, 501):
             return Refused(f"the generator's server refuses: {_line(said)}")
         return Unavailable(f"{self.url} answers {status}: {_line(said)}")
-
-
-class Refused(UserError):
-    """The server understood a request and does not do it."""
 
 
 def _line(said: object) -> str:

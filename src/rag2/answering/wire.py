@@ -19,6 +19,10 @@ class Unavailable(UserError):
     """The generator's server does not answer now, or not as such servers do."""
 
 
+class Refused(UserError):
+    """The server understood a request and does not do it."""
+
+
 class Wire(BaseModel):
     """What servers add to OpenAI's fields is passed over."""
 

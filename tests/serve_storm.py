@@ -42,6 +42,8 @@ from storm_ends import killed, terminated
 from storm_load import closed_loop, described, open_loop, taking_turns
 from wire import asked, chat, exchange
 
+FORGETFUL = f"remembered={1 << 20}"  # what is remembered on purpose is no leak
+
 
 class Storm:
     """What every storm is given."""
@@ -131,7 +133,7 @@ class Storm:
     def leave(self) -> dict[str, Any]:
         """A tenth of them first, to compare threads, sockets and memory with."""
         times = self.times or 1000
-        with self.server() as server:
+        with self.server(limits=FORGETFUL) as server:
             wrong = leave(server.address, self.questions, times // 10, self.seed)
             server.idle()
             before = (server.threads(), server.sockets(), server.bytes())
@@ -149,8 +151,8 @@ class Storm:
 
     def swaps(self) -> dict[str, Any]:
         """Also whether memory comes back."""
-        with self.server() as server:
-            swapped(server.address, 10, 4)
+        with self.server(limits=FORGETFUL) as server:
+            swapped(server.address, 20, 4)
             before = server.bytes()
             told = swapped(server.address, self.times or 200, 4)
             told["memory_grown"] = round(server.bytes() / before - 1, 4)

@@ -130,7 +130,7 @@ class Slow(threading.Thread):
 
     def run(self) -> None:
         """Open them all, drip, and watch which are closed, until none is left."""
-        kinds = ("silent", "headers", "body", "chunks", "deaf")
+        kinds = ("deaf", *("silent", "headers", "body", "chunks") * 2)
         lines: dict[socket.socket, tuple[str, float, float]] = {}
         for number in range(self.count):
             kind = kinds[number % len(kinds)]
@@ -200,7 +200,7 @@ def _beginning(kind: str) -> bytes:
         "headers": b"GET /health HTTP/1.1\r\nhost: x\r\n",
         "body": post + b'content-length: 1000\r\n\r\n{"query": "',
         "chunks": post + b"transfer-encoding: chunked\r\n\r\n",
-        "deaf": request("GET", "/openapi.json") * 120,  # MiB of answers, one after another
+        "deaf": request("GET", "/openapi.json") * 120,  # MiB, one after another
     }[kind]
 
 

@@ -65,14 +65,17 @@ def build(serving: Serving) -> App:
         status: {"description": told, "content": {"application/json": {"schema": ERROR}}}
         for status, told in STATUSES.items()
     }
-    app = FastAPI(
-        title="rag2", version=__version__, responses=described, docs_url=None, redoc_url=None
-    )
+    app = FastAPI(title="rag2", version=__version__, responses=described, openapi_url=None)
     _errors(app)
     _operations(app, serving)
     for part in (chat, search, documents):
         app.include_router(part.router(serving))
     _page(app)
+    schema = replies.encode(app.openapi())
+
+    @app.get("/openapi.json", include_in_schema=False)
+    async def openapi() -> Response:
+        return Response(schema, media_type="application/json")
 
     def admit(method: str, path: str) -> None:
         if method == "POST" and path in QUEUED:

@@ -1,0 +1,288 @@
+"""One bad request, one client that leaves, one failing thread: the others get their answers."""
+
+import logging
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+import uvicorn
+
+import serve_faults
+import storm_answers
+from rag2.answering.ask import Ask
+from rag2.answering.draft import Draft
+from rag2.answering.rag import Rag
+from rag2.evaluation.questions import load_questions
+from rag2.generator.mixture import Mixtures
+from rag2.registry import UserError
+from rag2.serve.engine import Engine
+from rag2.serve.limits import Limits
+from rag2.serve.refusal import Refusal
+from rag2.serve.server import Server
+from rag2.serve.serving import Serving
+from rag2.serve.work import Work
+from small_systems import TOKEN, served, small_system
+from wire import Reader, asked, chat, check_error, connected, events, exchange, request
+
+
+@pytest.fixture(scope="module")
+def system(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rag]:
+    """Random models over the small world."""
+    with small_system(home, tmp_path_factory.mktemp("engine"), max_new_tokens=6) as rag:
+        yield rag
+
+
+@pytest.fixture(scope="module")
+def questions(home: Path) -> list[str]:
+    """The small world's."""
+    return [q.question for q in load_questions(home / "data" / "questions.jsonl")]
+
+
+@pytest.fixture
+def planted(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """Faults of helpers/serve_faults.py are taken back after the test."""
+    places = [(Rag, "drafts"), (Draft, "take"), (Mixtures, "add"), (Engine, "give_up")]
+    for place, name in places:
+        monkeypatch.setattr(place, name, getattr(place, name))
+    return monkeypatch
+
+
+@pytest.fixture
+def opened() -> Iterator[Callable[[Server], socket.socket]]:
+    """Connections that are closed after the test."""
+    with ExitStack() as stack:
+        yield lambda server: stack.enter_context(connected(server.address))
+
+
+class Slow:
+    """A call that takes its time in the engine, to queue up behind."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.go, self.begun = threading.Event(), threading.Event()
+        self.work = Work(self._run, lambda _: None, time.monotonic() + 60)
+        engine.submit([self.work])
+        assert self.begun.wait(10)
+
+    def _run(self) -> None:
+        self.begun.set()
+        self.go.wait(30)
+
+
+def test_a_client_that_leaves_the_queue_frees_its_place_at_once(
+    opened: Any, system: Rag, questions: list[str]
+):
+    with served(system, Limits(waiting=2)) as server:
+        engine = server.serving.engine
+        assert isinstance(engine, Engine)
+        slow = Slow(engine)
+        lines = [opened(server) for _ in range(2)]
+        for number, line in enumerate(lines):
+            line.sendall(chat(questions[0], stream=bool(number)))
+        _until(lambda: engine.waiting == 2)
+        full = exchange(server.address, chat(questions[0]))
+        assert full is not None and full.status == 429 and full.headers["retry-after"]
+        for line in lines:
+            line.close()
+        _until(lambda: engine.waiting == 0)  # while the engine is still busy with the call
+        assert not slow.go.is_set()
+        slow.go.set()
+        got = exchange(server.address, chat(questions[0]))
+        assert got is not None and got.status == 200 and engine.live == 0
+
+
+def test_clients_that_leave_leave_nothing_behind(
+    opened: Any, system: Rag, questions: list[str], seed: int, planted: pytest.MonkeyPatch
+):
+    with served(system) as server:
+        assert not storm_answers.leave(server.address, questions, 40, seed)
+        engine = server.serving.engine
+        _until(lambda: engine.waiting == engine.live == 0, 10)
+        threads = threading.active_count()
+        assert not storm_answers.leave(server.address, questions, 20, seed + 1)
+        _until(lambda: engine.waiting == engine.live == 0, 10)
+        assert threading.active_count() <= threads + 1
+    serve_faults.deaf()
+    with served(system, Limits(waiting=2)) as server:
+        engine = server.serving.engine
+        assert isinstance(engine, Engine)
+        slow = Slow(engine)
+        line = opened(server)
+        line.sendall(chat(questions[0]))
+        _until(lambda: engine.waiting == 1)
+        line.close()
+        time.sleep(0.3)
+        assert engine.waiting == 1  # what the test before would have found
+        slow.go.set()
+
+
+def test_poison_fails_alone_and_its_text_is_not_logged(
+    system: Rag, questions: list[str], planted: pytest.MonkeyPatch, seed: int,
+    caplog: pytest.LogCaptureFixture,
+):  # fmt: skip
+    serve_faults.poisoned()
+    with served(system) as server, caplog.at_level(logging.DEBUG):
+        told = storm_answers.poisoned(server.address, questions, 60, seed)
+        for kind in storm_answers.POISONS[:2]:
+            got = exchange(server.address, chat(f"A {kind}?"))
+            assert got is not None and got.status == 500
+            check_error(got)
+    assert not told["first"] and told["differ"] == 0
+    assert "RuntimeError" in caplog.text and "poison of search" not in caplog.text
+
+
+@pytest.mark.parametrize("how", ["crash here", "hang here"])
+def test_an_engine_that_fails_ends_the_server_which_says_so_before(
+    system: Rag, planted: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, how: str
+):
+    serve_faults.asleep()
+    planted.setattr("rag2.serve.server.PATIENCE", 1)
+    serving = Serving(Limits(stuck_seconds=0.3), "small", TOKEN)
+    server, ready, codes = Server(serving, lambda: system, "127.0.0.1", 0), threading.Event(), []
+
+    def run() -> None:
+        try:
+            server.answer(ready.set)
+        except SystemExit as ended:
+            codes.append(ended.code)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    assert ready.wait(30)
+    assert asked(server.address, "GET", "/health").status == 200
+    got = exchange(server.address, chat(how))
+    assert got is not None and got.status == 500 and got.json["error"]["code"] == "engine_failed"
+    thread.join(20)
+    assert codes == [1] and serving.state() == "failed" and "engine" in serving.broken
+    assert any(record.levelno == logging.CRITICAL for record in caplog.records)
+
+
+def test_health_and_ready_say_503_once_the_engine_has_failed(
+    system: Rag, planted: pytest.MonkeyPatch
+):
+    planted.setattr(Server, "on_tick", uvicorn.Server.on_tick)  # it does not end by itself
+    serve_faults.asleep()
+    with served(system) as server:
+        got = exchange(server.address, chat("crash here"))
+        assert got is not None and got.status == 500
+        for path in ("/health", "/ready"):
+            got = asked(server.address, "GET", path)
+            assert got.status == 503 and got.json["status"] == "failed" and got.json["reason"]
+        assert asked(server.address, "POST", "/v1/retrieve", {"query": "a"}).status == 503
+
+
+def test_who_waits_for_an_engine_that_hangs_is_told_in_time(system: Rag, questions: list[str]):
+    with served(system, Limits(deadline=0.5)) as server:
+        engine = server.serving.engine
+        assert isinstance(engine, Engine)
+        slow = Slow(engine)
+        began = time.monotonic()
+        got = exchange(server.address, chat(questions[0]))
+        assert got is not None and got.status == 408 and time.monotonic() - began < 5
+        check_error(got)
+        slow.go.set()
+
+
+def test_a_stream_that_has_begun_is_answered_though_the_queue_filled_up(
+    opened: Any, system: Rag, questions: list[str]
+):
+    with served(system, Limits(waiting=1)) as server:
+        engine = server.serving.engine
+        assert isinstance(engine, Engine)
+        slow = Slow(engine)
+        line = opened(server)
+        line.sendall(chat(questions[0], stream=True, n=1))
+        _until(lambda: engine.waiting == 1)
+        full = exchange(server.address, chat(questions[0], stream=True))
+        assert full is not None and full.status == 429  # not a stream that ends in an error
+        slow.go.set()
+        got = Reader(line).next()
+        assert got is not None and got.status == 200 and events(got)
+
+
+def test_a_refusal_on_the_short_way_is_the_one_of_the_long_way(system: Rag, questions: list[str]):
+    with served(system, Limits(waiting=1)) as server:
+        engine = server.serving.engine
+        assert isinstance(engine, Engine)
+        slow = Slow(engine)
+        engine.submit([Work(Ask("a"), lambda _: None, time.monotonic() + 60)])
+        short = chat(questions[0])
+        long = short.replace(b"host: x", b"host: x\r\nexpect: 100-continue")
+        refuse = Refusal(server.serving).of
+        assert refuse(short) and not refuse(long) and not refuse(short[:-1])
+        assert not refuse(short + b"a") and not refuse(request("GET", "/health"))
+        one, other = (exchange(server.address, data) for data in (short, long))
+        assert one and other and one.status == other.status == 429 and one.json == other.json
+        assert one.headers["retry-after"] == other.headers["retry-after"]
+        with connected(server.address) as line:  # and the connection goes on
+            reader = Reader(line)
+            for data, status in ((short, 429), (request("GET", "/health"), 200), (short, 429)):
+                line.sendall(data)
+                got = reader.next()
+                assert got is not None and got.status == status
+        slow.go.set()
+
+
+def test_a_signal_ends_the_server_when_all_that_it_took_is_answered(
+    opened: Any, system: Rag, questions: list[str]
+):
+    with served(system) as server:
+        engine = server.serving.engine
+        assert isinstance(engine, Engine)
+        slow = Slow(engine)
+        kept = opened(server)
+        lines = [opened(server) for _ in range(6)]
+        for number, line in enumerate(lines):
+            line.sendall(chat(questions[number], stream=bool(number % 2)))
+        _until(lambda: engine.waiting == 6)
+        server.handle_exit(15, None)
+        kept.sendall(request("GET", "/ready"))
+        got = Reader(kept).next("GET")
+        assert got is not None and got.status == 503 and got.json == {"status": "draining"}
+        got = exchange(server.address, chat(questions[0]))
+        assert got is not None and got.status == 503 and got.json["error"]["code"] == "draining"
+        check_error(got)
+        slow.go.set()
+        for number, line in enumerate(lines):
+            answer = Reader(line).next()
+            assert answer is not None and answer.status == 200
+            assert events(answer) if number % 2 else storm_answers.texts(answer)
+
+
+def test_a_system_that_cannot_be_loaded_is_never_ready_but_alive():
+    go = threading.Event()
+
+    def load() -> Any:
+        go.wait(30)
+        raise UserError("index/index.faiss: not as the manifest says")
+
+    serving = Serving(Limits(), "small", TOKEN)
+    server, failed = Server(serving, load, "127.0.0.1", 0), list[UserError]()
+
+    def run() -> None:
+        try:
+            server.answer(lambda: None)
+        except UserError as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    _until(lambda: server.started)
+    assert asked(server.address, "GET", "/health").json == {"status": "ok"}
+    for method, path in (("GET", "/ready"), ("POST", "/v1/retrieve"), ("GET", "/v1/models")):
+        assert asked(server.address, method, path, {"query": "a"}).status == 503
+    assert asked(server.address, "GET", "/metrics").status == 200
+    go.set()
+    thread.join(10)
+    assert "manifest" in str(failed[0]) and serving.state() == "failed"
+
+
+def _until(true: Any, seconds: float = 5) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "it did not come to that"
+        time.sleep(0.01)

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import random
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -198,11 +199,12 @@ def neighbours(
             line.sendall(data)
             alone.append(texts(reader.next()))
     order = [dice.randrange(kinds) for _ in range(count)]
-    local = threading.local()
+    local, opened = threading.local(), list[socket.socket]()
 
     def one(at: int) -> str:
         if not hasattr(local, "line"):
             local.line = connected(address, 90)
+            opened.append(local.line)
             local.reader = Reader(local.line)
 
         def ask() -> Got | None:
@@ -217,6 +219,8 @@ def neighbours(
 
     with ThreadPoolExecutor(clients) as pool:
         differ = [wrong for wrong in pool.map(one, order) if wrong]
+    for line in opened:
+        line.close()
     return {"kinds": kinds, "answers": count, "differ": len(differ), "first": differ[:3]}
 
 

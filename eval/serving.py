@@ -156,7 +156,7 @@ async def ask(
     """One answer over an open connection."""
     body = {"prompt": question, "max_tokens": cfg.max_new_tokens, "rag2": {"reading": reading}}
     sent = json.dumps(body).encode()
-    head = f"POST {PATH} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+    head = f"POST {PATH} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
     writer.write(f"{head}content-length: {len(sent)}\r\n\r\n".encode() + sent)
     status = await reader.readline()
     length = 0

@@ -211,7 +211,7 @@ def test_a_refusal_on_the_short_way_is_the_one_of_the_long_way(system: Rag, ques
         slow = Slow(engine)
         engine.submit([Work(Ask("a"), lambda _: None, time.monotonic() + 60)])
         short = chat(questions[0])
-        long = short.replace(b"host: x", b"host: x\r\nexpect: 100-continue")
+        long = short.replace(b"host: localhost", b"host: localhost\r\nexpect: 100-continue")
         refuse = Refusal(server.serving).of
         assert refuse(short) and not refuse(long) and not refuse(short[:-1])
         assert not refuse(short + b"a") and not refuse(request("GET", "/health"))

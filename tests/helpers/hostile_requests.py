@@ -160,7 +160,7 @@ def _target(target: str, dice: random.Random) -> str:
 
 def _framed(method: str, target: str, data: bytes, dice: random.Random) -> bytes:
     kind = "application/json" if dice.random() < 0.8 else dice.choice(TYPES)
-    lines = [f"{method} {target} HTTP/1.{dice.choice('11111110')}", "host: x"]
+    lines = [f"{method} {target} HTTP/1.{dice.choice('11111110')}", "host: localhost"]
     lines += [f"content-type: {kind}"] * bool(kind)
     if dice.random() < 0.8:
         lines.append(f"authorization: Bearer {TOKEN}")

@@ -286,7 +286,7 @@ def _whole(line: Any) -> tuple[int, bool, bytes]:
 
     data, seen = b"", b""
     client = h11.Connection(h11.CLIENT)
-    client.send(h11.Request(method="POST", target="/", headers=[("host", "x")]))
+    client.send(h11.Request(method="POST", target="/", headers=[("host", "localhost")]))
     client.send(h11.EndOfMessage())
     status = 0
     while True:

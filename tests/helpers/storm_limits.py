@@ -78,7 +78,7 @@ def sizes() -> list[Case]:
     """Headers, paths and bodies that are too long, with and without a told length."""
     large = b'{"query": "' + b"a" * (5 * MIB) + b'"}'
     chunk = b"%x\r\n%s\r\n" % (1 << 16, b"a" * (1 << 16))
-    head = b"POST /v1/retrieve HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+    head = b"POST /v1/retrieve HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
     return [
         ("headers of 17 KiB", request("GET", "/health", headers={"x": "y" * (17 << 10)}), {431}),
         ("headers of 17 KiB, many", request("GET", "/health", headers={
@@ -194,10 +194,10 @@ def _measured(data: bytes) -> bytes:
 
 def _beginning(kind: str) -> bytes:
     """What a slow client sends at once."""
-    post = b"POST /v1/retrieve HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+    post = b"POST /v1/retrieve HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
     return {
         "silent": b"",
-        "headers": b"GET /health HTTP/1.1\r\nhost: x\r\n",
+        "headers": b"GET /health HTTP/1.1\r\nhost: localhost\r\n",
         "body": post + b'content-length: 1000\r\n\r\n{"query": "',
         "chunks": post + b"transfer-encoding: chunked\r\n\r\n",
         "deaf": request("GET", "/openapi.json") * 120,  # MiB, one after another

@@ -29,7 +29,11 @@ def request(
 ) -> bytes:
     """The bytes of a request; `body` is JSON, or bytes as they are."""
     data = body if isinstance(body, bytes) else b"" if body is None else json.dumps(body).encode()
-    told = {"host": "x", "content-type": "application/json", "content-length": str(len(data))}
+    told = {
+        "host": "localhost",
+        "content-type": "application/json",
+        "content-length": str(len(data)),
+    }
     lines = [f"{name}: {value}" for name, value in (told | (headers or {})).items() if value]
     return "\r\n".join([f"{method} {target} HTTP/1.1", *lines, "", ""]).encode() + data
 
@@ -64,7 +68,7 @@ class Reader:
         Raises h11.RemoteProtocolError for one that is no HTTP or is cut, TimeoutError.
         """
         client = h11.Connection(h11.CLIENT)
-        client.send(h11.Request(method=method, target="/", headers=[("host", "x")]))
+        client.send(h11.Request(method=method, target="/", headers=[("host", "localhost")]))
         client.send(h11.EndOfMessage())
         if self.rest:
             client.receive_data(self.rest)

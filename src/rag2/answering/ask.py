@@ -1,10 +1,14 @@
 """What is asked, and what comes back: an answer with its tokens' probabilities and its sources."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any, Self, get_args
 
 from rag2.answering.settings import Reading
+from rag2.registry import UserError, nearest
 from rag2.types import Chunk
+
+READINGS = get_args(Reading)
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +31,33 @@ class Ask:
     top_p: float = 1.0
     """draw among the likeliest tokens that have so much probability together"""
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Raises UserError for values that mean nothing."""
+        if not isinstance(self.question, str) or not self.question.strip():
+            raise UserError(f"question={self.question!r}: a text that is not empty")
+        if self.reading not in (None, *READINGS):
+            near = nearest(str(self.reading), READINGS)
+            raise UserError(f"reading={self.reading!r}; allowed: {', '.join(READINGS)}.{near}")
+        for name, value, good, allowed in (
+            ("k", self.k, self.k is None or self.k >= 0, "0 or more"),
+            ("temperature", self.temperature, self.temperature >= 0, "0 or more"),
+            ("top_p", self.top_p, 0 < self.top_p <= 1, "above 0, at most 1"),
+            ("seed", self.seed, self.seed >= 0, "0 or more"),
+        ):
+            if not good:
+                raise UserError(f"{name}={value!r}; allowed: {allowed}")
+
+    @classmethod
+    def of(cls, question: str, **named: Any) -> Self:
+        """With fields by name; raises UserError, with the nearest one, for an unknown name."""
+        allowed = [field.name for field in fields(cls)]
+        for name in named:
+            if name not in allowed:
+                raise UserError(
+                    f"unknown {name!r}; allowed: {', '.join(allowed)}.{nearest(name, allowed)}"
+                )
+        return cls(question, **named)
 
 
 @dataclass(frozen=True, slots=True)

@@ -95,7 +95,7 @@ class Draft:
         self.finish = ""
         self.began = time.monotonic()
         self._text = Text(self.tokenizer, self.stops)
-        self._draw = _drawer(ask)
+        self._draw = drawer(ask)
 
     def take(self, logp_V: Tensor) -> int | None:
         """The next token by its distribution; None where the answer ends before it."""
@@ -144,18 +144,25 @@ def room(limit: int | None, prompts: Prompts, ask: Ask, settings: Settings) -> i
     wanted = 1 if ask.max_new_tokens is None else ask.max_new_tokens
     if wanted < 1:
         raise UserError(f"max_new_tokens={wanted}; allowed: 1 or more")
+    if limit is not None and room > 0 and wanted > room:
+        raise UserError(
+            f"max_tokens={wanted}: beside the prompt of {longest} tokens the generator's {limit} "
+            f"positions leave room for {room}"
+        )
     check_fits(limit, longest, wanted, CALLED)
     return wanted
 
 
-def _drawer(ask: Ask) -> Callable[[Tensor], int]:
+def drawer(ask: Ask) -> Callable[[Tensor], int]:
     """How the next token is chosen: the likeliest, the first of equals, or by chance."""
     if ask.temperature == 0:
         return lambda logp_V: int(logp_V.argmax())
     chance = np.random.Generator(np.random.Philox(np.random.SeedSequence(ask.seed)))
 
     def draw(logp_V: Tensor) -> int:
-        p_V, order_V = (logp_V / ask.temperature).softmax(0).sort(descending=True, stable=True)
+        # From the largest: log p / T of all tokens may be more than a number holds.
+        heated_V = (logp_V - logp_V.max()) / ask.temperature
+        p_V, order_V = heated_V.softmax(0).sort(descending=True, stable=True)
         below_V = p_V.cumsum(0)
         allowed = int((below_V - p_V < ask.top_p).sum()) if ask.top_p < 1 else len(p_V)
         allowed = max(allowed, 1)

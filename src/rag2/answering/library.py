@@ -80,7 +80,7 @@ class Library:
         self, question: str, k: int | None = None, namespaces: Collection[str] | None = None
     ) -> tuple[list[Citation], View]:
         """The same, and the state that was searched."""
-        k = self.settings.k if k is None else k
+        k = Ask(question, k=k).k or self.settings.k
         (hits,), view = self.search([question], k, namespaces)
         scores_K = np.array([value for _, value in hits])
         prior = log_prior(scores_K, self.settings.temperature).exp().tolist() if hits else []
@@ -170,5 +170,5 @@ def names_of(namespaces: Collection[str] | None) -> tuple[str, ...] | None:
 
 def check_choices(choices: Sequence[str]) -> None:
     """Raise UserError for no choices and for empty ones."""
-    if not choices or not all(choice.strip() for choice in choices):
+    if isinstance(choices, str) or not choices or not all(choice.strip() for choice in choices):
         raise UserError("choices: at least one, and none empty")

@@ -65,7 +65,7 @@ class Rag(Library):
 
     def answer(self, question: str, **ask: Any) -> Answer:
         """Write an answer; keywords are the fields of `Ask`. Raises UserError for a wrong one."""
-        return self.answers([Ask(question, **ask)])[0]
+        return self.answers([Ask.of(question, **ask)])[0]
 
     def answers(self, asks: Sequence[Ask]) -> list[Answer]:
         """Write answers together; each is what it would be alone."""
@@ -80,7 +80,7 @@ class Rag(Library):
 
     def stream(self, question: str, **ask: Any) -> Iterator[str | Answer]:
         """Pieces of the text as they are certain, then the answer itself."""
-        (draft,) = live = self.drafts([Ask(question, **ask)])
+        (draft,) = live = self.drafts([Ask.of(question, **ask)])
         mixtures = Mixtures(self.generator.model)
         with self.reading:
             mixtures.add([draft.mixture])

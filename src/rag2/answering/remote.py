@@ -86,7 +86,7 @@ class Remote(Library):
 
         Raises UserError for a wrong one, and Unavailable where the server fails.
         """
-        return self.answers([Ask(question, **ask)])[0]
+        return self.answers([Ask.of(question, **ask)])[0]
 
     def answers(self, asks: Sequence[Ask]) -> list[Answer]:
         """Write answers at the same time."""
@@ -99,7 +99,7 @@ class Remote(Library):
 
     def stream(self, question: str, **ask: Any) -> Iterator[str | Answer]:
         """Pieces of the text as they are certain, then the answer itself."""
-        plan, told = self.plan(Ask(question, **ask)), SimpleQueue[str | None]()
+        plan, told = self.plan(Ask.of(question, **ask)), SimpleQueue[str | None]()
         writing = self.background.start(self.written(plan, told.put))
         writing.add_done_callback(lambda _: told.put(None))
         try:

@@ -12,8 +12,10 @@ from rag2.evaluation.arms import Found, Reader, evaluate
 from rag2.generator.load import Generator
 from rag2.generator.mixture import Mixture, forced, log_prior
 from rag2.generator.pairs import encode_pairs
+from rag2.registry import UserError
 from rag2.types import Chunk, Question
 
+LONGEST = 1 << 15  # tokens of all choices times chunks: some seconds of a small model
 Hits = list[tuple[Chunk, float]]
 Likelihoods = tuple[list[float], list[float] | None]
 
@@ -23,6 +25,12 @@ def log_likelihoods(
 ) -> Likelihoods:
     """In nats, and p(z|x,y) of each chunk; None for chunks that were read in one prompt."""
     reading = ask.reading or settings.reading
+    tokens = len(generator.tokenizer(" ".join(choices))["input_ids"]) * max(1, len(hits))
+    if tokens > LONGEST:
+        raise UserError(
+            f"{tokens} tokens of choices and chunks together; allowed: {LONGEST}: give fewer or "
+            "shorter choices, or a smaller k"
+        )
     if reading == "token" and hits:
         return _by_token(generator, settings, ask, hits, choices)
     return _by_harness(generator, settings, ask, hits, choices, reading)

@@ -28,11 +28,15 @@ class State:
         Raises UserError for a directory that is another export's, holds something else, or is in
         use by another process.
         """
-        self.directory = directory.absolute()
-        if self.directory.is_relative_to(exported.directory.absolute()):
+        self.directory = directory.resolve()
+        if self.directory.is_relative_to(exported.directory.resolve()):
             raise UserError(f"state {directory} lies inside the export, which stays as it is")
-        artifact.make_folders(self.directory)
-        self._lock = os.open(self.directory / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            artifact.make_folders(self.directory)
+            self._lock = os.open(self.directory / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            why = error.strerror or error
+            raise UserError(f"state {directory} cannot be made ({why}): choose another") from None
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._bind(exported)

@@ -23,6 +23,13 @@ def serve(
         typer.Option(help="Where changes of documents live; by default EXPORT.state."),
     ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A name that requests may give the server (repeatable); on a loopback address only"
+            " localhost and the like are taken without it."
+        ),
+    ] = None,
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8000,
     token: Annotated[
         str | None,
@@ -80,6 +87,7 @@ def serve(
     transformers_logging.disable_progress_bar()
     for library in ("uvicorn", "asyncio"):  # what clients do wrong is nothing to log
         logging.getLogger(library).setLevel(logging.ERROR)
+    asked = export
     with status("exporting") as shown:
         export = exported(export, shown.update)
     directory = state or export.with_name(f"{export.name}.state")
@@ -99,7 +107,12 @@ def serve(
             rag.settings = rag.settings.model_copy(update={"reading": reading})
         return rag
 
-    run(load, name or export.resolve().name, host, port, token)
+    run(load, name or _called(asked.resolve()), host, port, token, allow_host or [])
+
+
+def _called(path: Path) -> str:
+    """The name of an export, or of the run that it is of."""
+    return path.parent.name if path.name in ("final", "export") else path.name
 
 
 def _check(reading: str | None, url: str | None, model: str, dtype: str) -> None:

@@ -1,6 +1,7 @@
 """All endpoints of a server, and what every response has in common."""
 
 import hashlib
+import re
 import time
 from collections.abc import Collection
 from pathlib import Path
@@ -133,7 +134,8 @@ def _operations(app: FastAPI, serving: Serving) -> None:
         told = settings.model_dump(include={"k", "reading", "temperature", "max_new_tokens"})
         told["readings"] = list(rag.readings)
         told["chunks"] = sum(int(part.alive_N.sum()) for part in parts)
-        told["namespaces"] = sorted({name for part in parts for name in part.rows})
+        live = {name for p in parts for name, rows in p.rows.items() if p.alive_N[rows].any()}
+        told["namespaces"] = sorted(live)
         told |= replies.where(rag.place(view))
         said = {"id": serving.name, "object": "model", "created": 0, "owned_by": "rag2"}
         return {**said, "rag2": told}
@@ -153,8 +155,12 @@ def _errors(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: Any) -> Response:
         first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"][1:])[:200]
+        # Of a type with alternatives pydantic names each; the client wrote none of those names.
+        named = [str(part) for part in first["loc"][1:]]
+        place = ".".join(part for part in named if re.fullmatch(r"[a-z0-9_]+", part))[:200]
         said = str(first["msg"]).removeprefix("Value error, ")
+        if first["type"] == "model_attributes_type":
+            said = "the body is no JSON object sent as content-type: application/json"
         message = f"{place}: {said}" if place else said
         told = ApiError(422, message[:300], "invalid_request", place or None)
         return replies.Reply(told.body(), status_code=422)

@@ -22,9 +22,10 @@ Reading = Literal["marginal", "token", "concat"]
 # What OpenAI's API has and this one has not: it is refused, not passed over in silence.
 ABSENT = {
     "audio", "function_call", "functions", "logit_bias", "modalities", "prediction",
-    "response_format", "suffix", "tools", "web_search_options", "echo",
+    "response_format", "suffix", "tools", "web_search_options", "echo", "top_logprobs",
+    "frequency_penalty", "presence_penalty",
 }  # fmt: skip
-HARMLESS: tuple[Any, ...] = (None, [], {}, "", "none", {"type": "text"}, ["text"])
+HARMLESS: tuple[Any, ...] = (None, 0, [], {}, "", "none", {"type": "text"}, ["text"])
 
 
 class Body(BaseModel):
@@ -33,7 +34,13 @@ class Body(BaseModel):
     model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
 
 
-class Options(Body):
+class Ours(Body):
+    """What OpenAI's API does not have: here an unknown key is a mistake, not a newer client."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class Options(Ours):
     """How to retrieve and read; what is left out is as the system was exported."""
 
     k: K | None = None
@@ -76,7 +83,7 @@ class Sampled(Body):
     def _has(cls, data: Any) -> Any:
         if isinstance(data, dict):
             for key in sorted(ABSENT & data.keys()):
-                if data[key] is not False and data[key] not in HARMLESS:
+                if data[key] not in HARMLESS:
                     raise ValueError(f"{key} is not supported")
         return data
 
@@ -130,10 +137,10 @@ class Completion(Sampled):
     """POST /v1/completions: the prompt is a question."""
 
     prompt: Text
-    logprobs: Whole | None = Field(default=None, ge=0, le=5)
+    logprobs: Whole | None = Field(default=None, ge=0, le=1)
 
 
-class Retrieve(Body):
+class Retrieve(Ours):
     """POST /v1/retrieve."""
 
     query: Text
@@ -187,7 +194,7 @@ class Embeddings(Body):
         return [self.input] if isinstance(self.input, str) else self.input
 
 
-class NewDocument(Body):
+class NewDocument(Ours):
     """A document to add or replace."""
 
     id: Annotated[str, Field(min_length=1, max_length=limits.NAME)]
@@ -195,8 +202,22 @@ class NewDocument(Body):
     title: Name = ""
     metadata: dict[str, Any] = {}
 
+    @field_validator("id")
+    @classmethod
+    def _addressable(cls, id: str) -> str:
+        if not id.isprintable() or id in (".", ".."):
+            raise ValueError("an id is printable, and neither . nor ..: it stands in addresses")
+        return id
 
-class Documents(Body):
+    @field_validator("text")
+    @classmethod
+    def _visible(cls, text: str) -> str:
+        if not text.strip():
+            raise ValueError("nothing but white space")
+        return text
+
+
+class Documents(Ours):
     """POST /v1/documents."""
 
     documents: Annotated[list[NewDocument], Field(min_length=1, max_length=limits.DOCUMENTS)]

@@ -65,6 +65,11 @@ class Guard:
         size += sum(len(name) + len(value) + 4 for name, value in scope["headers"])
         if size > self.limits.header_bytes:
             raise too_long(self.limits)
+        named = [value.decode("latin-1") for name, value in scope["headers"] if name == b"host"]
+        hosts = self.limits.hosts
+        if hosts and any(re.sub(r":\d*$", "", name).lower() not in hosts for name in named):
+            told = f"this server goes by {', '.join(hosts)}: see --allow-host"
+            raise ApiError(400, told, "host_not_allowed")
 
     async def _body(self, scope: Any, receive: Receive) -> bytes | None:
         """All of it, checked; None if the client is gone."""

@@ -22,6 +22,9 @@ NAME = 512  # characters of an id, a namespace, a model's name
 class Limits(Config):
     """Of the whole server."""
 
+    hosts: list[str] = []
+    """names that requests may give the server; none: any. A server on a loopback address has its
+    own, or any web page could read it by a name that it lets point there (DNS rebinding)"""
     header_bytes: int = Field(default=16 << 10, ge=1 << 10)
     """longest request line and headers together; more is 431"""
     body_bytes: int = Field(default=4 << 20, ge=1 << 10)

@@ -41,7 +41,8 @@ def _whole(data: bytes) -> bool:
     end = data.find(b"\r\n\r\n")
     head = data[: end + 2]
     lengths = LENGTH.findall(head)
-    whole = end >= 0 and len(lengths) == 1 and len(data) == end + 4 + int(lengths[0])
+    strict = head.count(b"\n") == head.count(b"\r\n")  # h11 takes a bare line feed, too
+    whole = strict and end >= 0 and len(lengths) == 1 and len(data) == end + 4 + int(lengths[0])
     return whole and not OTHERWISE.search(head)
 
 

@@ -4,7 +4,7 @@ import json
 import math
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 from urllib.parse import quote
@@ -99,8 +99,8 @@ def made(work: Work, answer: Answer, total: float) -> dict[str, Any]:
 
 
 def usage(answers: Sequence[Answer]) -> dict[str, int]:
-    """Tokens; those of a prompt count for each chunk that it was read with."""
-    prompt = sum(answer.prompt_tokens for answer in answers)
+    """Tokens; those of a prompt count for each chunk that it was read with, and once for all n."""
+    prompt = answers[0].prompt_tokens
     written = sum(len(answer.tokens) for answer in answers)
     total = prompt + written
     return {"prompt_tokens": prompt, "completion_tokens": written, "total_tokens": total}
@@ -128,8 +128,3 @@ def completion_logprobs(answer: Answer) -> dict[str, Any]:
 def finite(logp: float) -> float:
     """A log-probability that JSON has a number for."""
     return logp if math.isfinite(logp) else LOWEST
-
-
-def without_none(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields that are there."""
-    return {name: value for name, value in fields.items() if value is not None}

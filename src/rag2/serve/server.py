@@ -6,7 +6,7 @@ import os
 import secrets
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -129,10 +129,24 @@ def token_for(given: str | None) -> str:
     return given or secrets.token_urlsafe(24)
 
 
-def serve(load: Callable[[], System], name: str, host: str, port: int, token: str | None) -> None:
+def hosts_of(host: str, allowed: Sequence[str]) -> list[str]:
+    """The names that requests may give a server on this address: on a loopback one its own."""
+    loopback = host == "localhost" or host.startswith("127.") or host == "::1"
+    own = ["localhost", "127.0.0.1", "[::1]", host] if loopback else []
+    return list(dict.fromkeys([*own, *allowed])) if loopback or allowed else []
+
+
+def serve(
+    load: Callable[[], System],
+    name: str,
+    host: str,
+    port: int,
+    token: str | None,
+    allowed: Sequence[str] = (),
+) -> None:
     """Answer until a signal ends it. Raises UserError as `Server` does."""
     made = token_for(token)
-    serving = Serving(Limits(), name, made)
+    serving = Serving(Limits(hosts=hosts_of(host, allowed)), name, made)
     server = Server(serving, load, host, port)
 
     def tell() -> None:

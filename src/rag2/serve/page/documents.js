@@ -19,7 +19,7 @@ export class Drawer {
     on(".delete", () => this.remove());
     on(".again", () => (dialog.close(), again()));
     this.find(".delete").onblur = () => this.ask(false);
-    this.form.oninput = () => this.drafts.set(this.document.id, this.typed());
+    this.form.oninput = () => this.drafts.set(this.key(), this.typed());
     this.find(".find").onsubmit = (event) => (event.preventDefault(), this.attempt(() => this.list()));
     this.form.onsubmit = (event) => (event.preventDefault(), this.attempt(() => this.save()));
     this.find(".token input").oninput = (event) => token.set(event.target.value.trim());
@@ -128,7 +128,7 @@ export class Drawer {
   edit(found) {
     this.document = found;
     this.turn(".editor", found.id ? `Edit ${found.title || found.id}` : "New document");
-    const draft = this.drafts.get(found.id);
+    const draft = this.drafts.get(this.key());
     for (const name of ["id", "title", "text"]) this.fields[name].value = (draft ?? found)[name];
     if (draft) this.find(".notice").textContent = "What you had typed is here again.";
     this.fields.id.readOnly = Boolean(found.id);
@@ -136,8 +136,13 @@ export class Drawer {
     this.fields[found.id ? "text" : "id"].focus();
   }
 
+  /** Ids are of a namespace: what was typed for one document must not meet another's. */
+  key() {
+    return JSON.stringify([this.namespace(), this.document.id]);
+  }
+
   cancel() {
-    this.drafts.delete(this.document.id);
+    this.drafts.delete(this.key());
     return this.document.id ? this.show(this.document) : this.list();
   }
 
@@ -153,7 +158,7 @@ export class Drawer {
     }
     const body = { documents: [document], namespace: this.namespace() };
     const { rag2, chunks, unchanged } = await json("POST", "/v1/documents", body);
-    this.drafts.delete(this.document.id);
+    this.drafts.delete(this.key());
     this.changed(rag2);
     if (signal.aborted) return; // the drawer shows something else by now
     await this.load(document.id);

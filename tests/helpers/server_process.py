@@ -120,7 +120,7 @@ def main(export: str, state: str, fault: str, limits: str) -> None:
         serve_faults.FAULTS[fault]()
     given = dict(pair.split("=") for pair in limits.split(",") if pair)
     if given:
-        server.Limits = lambda: Limits.model_validate(given)  # type: ignore[misc]
+        server.Limits = lambda **own: Limits.model_validate(own | given)  # type: ignore[misc]
     cli.main(["serve", export, "--state", state, "--port", "0", "--token", TOKEN])
 
 

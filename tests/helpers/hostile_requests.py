@@ -98,7 +98,7 @@ def answered(wire: bytes) -> int:
         server.receive_data(wire)
         while True:
             event = server.next_event()
-            if event in (h11.NEED_DATA, h11.PAUSED):
+            if event in (h11.NEED_DATA, h11.PAUSED) or isinstance(event, h11.ConnectionClosed):
                 return complete
             if isinstance(event, h11.EndOfMessage):
                 return complete + 1  # what comes after it may be cut by an early end

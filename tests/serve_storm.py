@@ -187,7 +187,7 @@ class Storm:
         return {
             "terms": times, "answered": sum(one["statuses"].get(200, 0) for one in told),
             "refused_503": sum(one["statuses"].get(503, 0) for one in told),
-            "unready_ms": round(max(unready, default=-0.001) * 1000, 1),
+            "unready_ms": _median(unready or [-0.001]),
             "ended_s": max(one["ended"] for one in told),
             "wrong": [wrong for one in told for wrong in one["wrong"]],
         }  # fmt: skip

@@ -98,7 +98,7 @@ def answered(wire: bytes) -> int:
         server.receive_data(wire)
         while True:
             event = server.next_event()
-            if event in (h11.NEED_DATA, h11.PAUSED):
+            if event in (h11.NEED_DATA, h11.PAUSED) or isinstance(event, h11.ConnectionClosed):
                 return complete
             if isinstance(event, h11.EndOfMessage):
                 return complete + 1  # what comes after it may be cut by an early end
@@ -178,13 +178,13 @@ def _framed(method: str, target: str, data: bytes, dice: random.Random) -> bytes
 
 
 def _damaged(wire: bytes, dice: random.Random) -> bytes:
-    at = dice.randrange(len(wire))
+    at = dice.randrange(max(len(wire), 1))
     end = min(len(wire), at + dice.randrange(1, 40))
     return dice.choice((
         wire[:at],
         wire[:at] + wire[end:],
         wire[:at] + wire[at:end] * 2 + wire[end:],
-        wire[:at] + bytes([wire[at] ^ 1 << dice.randrange(8)]) + wire[at + 1 :],
+        wire[:at] + dice.randbytes(1) + wire[at + 1 :],
         wire[:at] + dice.choice((b"\r\n", b"\x00", b"\xff", b"\n\n", b" ")) + wire[at:],
         dice.randbytes(dice.randrange(1, 200)),
     ))  # fmt: skip

@@ -1,6 +1,5 @@
 """Mistakes to plant in a server, by name: each must be found by the harness that is made for it."""
 
-import asyncio
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -146,17 +145,6 @@ def poisoned() -> None:
     Rag.drafts, Draft.take, Mixtures.add = search, step, read  # type: ignore[method-assign]
 
 
-def blocking() -> None:
-    """The event loop waits where it should not."""
-    from rag2.serve.serving import Serving
-
-    async def look(self: Serving, call: Callable[[], Any]) -> Any:
-        await asyncio.sleep(0)
-        return call()
-
-    Serving.look = look  # type: ignore[method-assign]
-
-
 FAULTS: dict[str, Callable[[], None]] = {
     "stock errors": stock_errors,
     "no patience": no_patience,
@@ -168,5 +156,4 @@ FAULTS: dict[str, Callable[[], None]] = {
     "talkative": talkative,
     "asleep": asleep,
     "poisoned": poisoned,
-    "blocking": blocking,
 }

@@ -52,7 +52,11 @@ def connected(address: str, seconds: float = 30, receive: int | None = None) -> 
         wire.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive)
     wire.settimeout(seconds)
     wire.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    wire.connect((host, int(port)))
+    try:
+        wire.connect((host, int(port)))
+    except OSError:
+        wire.close()
+        raise
     return wire
 
 

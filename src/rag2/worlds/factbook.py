@@ -84,6 +84,8 @@ class Factbook(Config):
     @cached_property
     def old(self) -> dict[str, Country]:
         """The countries of the older edition by code."""
+        if self.older == self.newer:
+            return self.new
         return editions.read(Path(self.path), self.older)
 
     @cached_property

@@ -9,7 +9,6 @@ from rag2.worlds.factbook import Factbook
 from rag2.worlds.factbook_facts import Fact, Row, in_turn, question, wrong
 from rag2.worlds.factbook_fields import Field, key, mentions, number
 
-STALE = "stale"  # in a question's metadata: the choice that was right before
 WRONG = 3  # choices beside the right one
 
 
@@ -55,6 +54,8 @@ def revisions(world: Factbook, later: Sequence[str]) -> Iterator[Later]:
 
 def _alone(world: Factbook, edition: str) -> Factbook:
     """The same world of one edition."""
+    if world.older == world.newer == edition:
+        return world  # with what it has read
     return Factbook.model_validate(world.model_dump() | {"older": edition, "newer": edition})
 
 
@@ -125,5 +126,5 @@ def _asked(world: Factbook, case: Case, rng: random.Random) -> Row:
         rng.shuffle(others)
     row = question(case.new, "test", world.wording(rng), others, rng)
     if stale:
-        row["metadata"] |= {STALE: row["choices"].index(case.old.value)}
+        row["metadata"] |= {"stale": row["choices"].index(case.old.value)}
     return row

@@ -169,38 +169,34 @@ def _plot(revisions: Sequence[Row]) -> Plot:
         if len(revisions) > 1:
             axes.set_title(told["name"], loc="left")
     panels[-1].set_xlabel("seconds until all changes are in")
+    for axes, told in zip(panels, revisions, strict=True):  # when nothing moves any more
+        places, heights = zip(*_points(told["rows"]), strict=True)
+        names = [name(row["arm"], row["done"]) for row in told["rows"]]
+        canvas.label_points(figure, axes, places, heights, names)
     return Plot("freshness", "Accuracy on changed facts against the time to take them in.", figure)
 
 
-def _panel(axes: "Axes", rows: Sequence[Row]) -> None:
-    colors = {NOTHING: COLORS["gray"], UPDATE: COLORS["blue"]}
+def _points(rows: Sequence[Row]) -> list[tuple[float, float]]:
+    """Seconds and percent of each row; where nothing was done, at the left."""
     soonest = min((row["seconds"] for row in rows if row["seconds"]), default=1.0)
-    trained = 0
-    for row in rows:
+    return [(row["seconds"] or soonest / 3, 100 * row["changed"]["rate"]) for row in rows]
+
+
+def _panel(axes: "Axes", rows: Sequence[Row]) -> None:
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    colors = {NOTHING: COLORS["gray"], UPDATE: COLORS["blue"]}
+    points = _points(rows)
+    for row, (place, height) in zip(rows, points, strict=True):
         low, high = (100 * bound for bound in row["changed"]["ci95"])
-        height, color = 100 * row["changed"]["rate"], colors.get(row["done"], COLORS["orange"])
-        if row["seconds"] is None:
-            axes.axhline(height, color=color, linewidth=1, linestyle=":")
-            place, offset, side = soonest / 3, (0, 3), "left"
-        else:
-            place = row["seconds"]
-            axes.plot([place, place], [low, high], color=color, linewidth=2)
-            axes.plot(place, height, "o", color=color)
-            offset, side = (6, 4), "left"
-            if row["done"] != UPDATE:  # late, and all alike: their names stand before them
-                offset, side = (-6, 4 - 14 * trained), "right"
-                trained += 1
-        axes.annotate(
-            name(row["arm"], row["done"]),
-            (place, height),
-            offset,
-            textcoords="offset points",
-            color=color,
-            ha=side,
-        )
+        color = colors.get(row["done"], COLORS["orange"])
+        axes.plot([place, place], [low, high], color=color, linewidth=2)
+        axes.plot(place, height, "x" if row["seconds"] is None else "o", color=color)
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
     axes.xaxis.set_major_formatter("{x:g}")
-    axes.set_xlim(soonest / 4, None)
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_xlim(min(place for place, _ in points) / 2, max(place for place, _ in points) * 4)
     axes.set_ylim(0, 105)
     axes.set_ylabel("accuracy on changed facts in %")
 

@@ -301,6 +301,17 @@ def test_a_wrong_body_is_422_and_says_where(
         assert error["param"] == param
 
 
+def test_a_question_of_white_space_is_400_wherever_it_is_asked(http: httpx.Client):
+    for path, body in (
+        ("/v1/completions", {"prompt": " \n"}),
+        ("/v1/completions", {"prompt": " ", "stream": True}),
+        ("/v1/retrieve", {"query": " "}),
+        ("/v1/score", {"question": " ", "choices": ["a"]}),
+    ):
+        response = http.post(path, json=body)
+        assert response.status_code == 400 and response.json()["error"]["code"], path
+
+
 def test_a_question_that_has_no_room_is_400(http: httpx.Client):
     response = http.post("/v1/completions", json={"prompt": "who " * 2000})
     assert response.status_code == 400 and "budget" in response.json()["error"]["message"]

@@ -35,7 +35,7 @@ class Ask:
     def __post_init__(self) -> None:
         """Raises UserError for values that mean nothing."""
         if not isinstance(self.question, str) or not self.question.strip():
-            raise UserError(f"question={self.question!r}: a text that is not empty")
+            raise UserError("question: a text that is not empty")
         if self.reading not in (None, *READINGS):
             near = nearest(str(self.reading), READINGS)
             raise UserError(f"reading={self.reading!r}; allowed: {', '.join(READINGS)}.{near}")

@@ -13,8 +13,9 @@ from starlette.exceptions import HTTPException
 from starlette.responses import FileResponse, PlainTextResponse, Response
 
 from rag2 import __version__
+from rag2.registry import UserError
 from rag2.serve import chat, documented, documents, replies, search
-from rag2.serve.errors import ApiError
+from rag2.serve.errors import ApiError, told
 from rag2.serve.guard import App, Guard, Message, Receive, Send
 from rag2.serve.serving import Serving
 
@@ -152,6 +153,11 @@ def _errors(app: FastAPI) -> None:
     async def ours(_: Request, error: Any) -> Response:
         return replies.Reply(error.body(), status_code=error.status, headers=error.headers)
 
+    @app.exception_handler(UserError)
+    async def mistaken(_: Request, error: Any) -> Response:
+        said = told(error)
+        return replies.Reply(said.body(), status_code=said.status)
+
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: Any) -> Response:
         first = error.errors()[0]
@@ -162,24 +168,24 @@ def _errors(app: FastAPI) -> None:
         if first["type"] == "model_attributes_type":
             said = "the body is no JSON object sent as content-type: application/json"
         message = f"{place}: {said}" if place else said
-        told = ApiError(422, message[:300], "invalid_request", place or None)
-        return replies.Reply(told.body(), status_code=422)
+        wrong = ApiError(422, message[:300], "invalid_request", place or None)
+        return replies.Reply(wrong.body(), status_code=422)
 
     @app.exception_handler(Exception)
     async def unforeseen(_: Request, __: Any) -> Response:  # raised again, and logged by Guard
-        told = ApiError(500, "the server failed; its log says why", "internal_error")
-        return replies.Reply(told.body(), status_code=500)
+        failed = ApiError(500, "the server failed; its log says why", "internal_error")
+        return replies.Reply(failed.body(), status_code=500)
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: Any) -> Response:
         codes = {404: "path_not_found", 405: "method_not_allowed"}
         code = codes.get(error.status_code, "invalid_request")
-        told = ApiError(error.status_code, str(error.detail), code)
+        said = ApiError(error.status_code, str(error.detail), code)
         headers = dict(error.headers or {})
         if error.status_code == 405:  # Starlette names those of one of its routes
             methods = paths()[named(request.url.path, paths())]
             headers["allow"] = ", ".join(sorted(method.upper() for method in methods))
-        return replies.Reply(told.body(), status_code=error.status_code, headers=headers)
+        return replies.Reply(said.body(), status_code=error.status_code, headers=headers)
 
 
 def _page(app: FastAPI) -> None:

@@ -164,9 +164,10 @@ async def ask(
         name, _, value = line.partition(b":")
         if name.lower() == b"content-length":
             length = int(value)
-    got = json.loads(await reader.readexactly(length))
-    assert b" 200 " in status, (status, got)
-    return got["choices"][0]["text"]
+    got = await reader.readexactly(length)
+    if b" 200 " not in status:
+        raise UserError(f"a server answered {status!r} {got[:200]!r} to {question!r}")
+    return json.loads(got)["choices"][0]["text"]
 
 
 # ----- the servers ------------------------------------------------------------------------------

@@ -120,7 +120,7 @@ def test_what_is_counted_is_right_stale_and_paired_with_every_other_row():
         Outcome("rag", "kb", np.array([1] * 8 + [2, 0]), stay, 0.6, [0.1, 0.2, 0.3]),
         Outcome("ft", "lora", np.array([1, 1] + [2] * 8), 1 - stay, 50.0),
     ]
-    found = freshness.summary(rows, changed, unchanged, seed=0)
+    found = freshness.summary(rows, revision.Revision([], changed, unchanged), seed=0)
     shares = [[row[k]["rate"] for k in ("changed", "stale", "unchanged")] for row in found["rows"]]
     assert shares == [[0.0, 1.0, 0.75], [0.8, 0.1, 0.75], [0.2, 0.0, 0.25]]
     one = found["rows"][1]["document_seconds"]
@@ -164,17 +164,18 @@ def test_every_way_of_taking_in_the_changes_is_one_row(
         results, *again = [module.main(module.FreshnessConfig(**given)) for _ in range(times)]
     finally:
         torch.set_num_threads(threads)
-    rows = {(row["arm"], row["done"]): row for row in results["rows"]}
+    (told_of,) = results["revisions"]
+    rows = {(row["arm"], row["done"]): row for row in told_of["rows"]}
     assert list(rows) == [
         *(("ft", "nothing"), ("frozen_rag", "nothing"), ("frozen_rag", "kb"), ("ft", "lora")),
     ]
     assert ran == ["lora"]  # the second time it is there already
-    assert results["n"] == {"documents": 6, "changed": 6, "unchanged": 5}
+    assert told_of["n"] == {"documents": 6, "removed": 0, "changed": 6, "unchanged": 5}
     timed = rows["frozen_rag", "kb"]
     assert timed["document_seconds"]["n"] == 6 and timed["seconds"] > 0
     assert rows["ft", "lora"]["seconds"] > 0 and rows["ft", "nothing"]["seconds"] is None
-    shares = [[row[k]["rate"] for k in freshness.KINDS] for row in results["rows"]]
-    for same in again:
+    shares = [[row[k]["rate"] for k in freshness.KINDS] for row in told_of["rows"]]
+    for (same,) in (made["revisions"] for made in again):
         assert shares == [[row[k]["rate"] for k in freshness.KINDS] for row in same["rows"]]
     assert (home / "data" / "kb.sqlite").read_bytes() == before  # changes go to a copy
     with KnowledgeBase(tmp_path / "out" / "kb-frozen_rag.sqlite") as kb:
@@ -191,7 +192,10 @@ def test_every_way_of_taking_in_the_changes_is_one_row(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"arms": ["bm25_rag"]}, "arms: bm25_rag reads by bm25; allowed: closed book, and what"),
+        (
+            {"arms": ["hybrid_rag"]},
+            "arms: hybrid_rag reads by hybrid; allowed: closed book",
+        ),
         ({"arms": ["ft_ragg"]}, "unknown arm 'ft_ragg'.*Did you mean 'ft_rag'"),
         ({"updates": "x.jsonl"}, "updates=DOCUMENTS and changed=QUESTIONS go together"),
         ({"tunings": {"lora": {"kb": "x"}}}, "tunings.lora.kb is the same for all: set it outside"),

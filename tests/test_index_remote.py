@@ -186,7 +186,8 @@ def test_a_generation_binds_its_collection_and_answers_as_before(
         np.testing.assert_array_equal(a, b)
     assert len(collections(backend) - before) == 1
     generation.remove(tmp_path / "g")
-    assert not (tmp_path / "g").exists() and collections(backend) == before
+    # Collections that earlier tests have let go of may vanish meanwhile; none of ours stays.
+    assert not (tmp_path / "g").exists() and collections(backend) <= before
 
 
 @one_of_each

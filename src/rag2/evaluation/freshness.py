@@ -1,21 +1,23 @@
 """What each way of taking in changed facts gives: how often it is right, stale, and how fast."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.table import Table
 
 from rag2.evaluation import canvas, score, stats
 from rag2.evaluation.canvas import COLORS, Plot
-from rag2.evaluation.revision import STALE
+from rag2.evaluation.revision import STALE, Revision
 from rag2.evaluation.robustness_numbers import rate
-from rag2.evaluation.score import Ints
+from rag2.evaluation.score import Bools, Ints
 from rag2.evaluation.verdict import interval, percent, points
-from rag2.types import Question
 
-FORMAT = "rag2.freshness/1"
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+FORMAT = "rag2.freshness/2"
 NOTHING, UPDATE = "nothing", "kb"  # what was done; else the name of a training
 Row = Mapping[str, Any]
 
@@ -33,21 +35,20 @@ class Outcome:
     """until all changes are in; None where nothing was done"""
     document_seconds: Sequence[float] = ()
     """of each document, where they go in one by one"""
+    k: int = 0
+    """chunks that it reads"""
+    found_Q: Bools | None = None
+    """changed questions with a chunk that states the new answer among these, after an update"""
 
 
-def summary(
-    outcomes: Sequence[Outcome],
-    changed: Sequence[Question],
-    unchanged: Sequence[Question],
-    seed: int,
-) -> dict[str, Any]:
-    """Rows and tests of results.json.
+def summary(outcomes: Sequence[Outcome], news: Revision, seed: int) -> dict[str, Any]:
+    """What freshness.json says of one revision: its sizes, rows and tests.
 
     Each update of the knowledge base is tested against every other row on the changed facts,
     paired by question; p is McNemar's, adjusted for all of these (Holm 1979).
     """
-    right_Q, stay_Q = score.answers(changed), score.answers(unchanged)
-    stale_Q = np.array([question.metadata[STALE] for question in changed])
+    right_Q, stay_Q = score.answers(news.changed), score.answers(news.unchanged)
+    stale_Q = np.array([question.metadata[STALE] for question in news.changed])
     rows = []
     for outcome in outcomes:
         p50, p99 = _percentiles(outcome.document_seconds)
@@ -60,6 +61,8 @@ def summary(
                 "unchanged": rate(outcome.unchanged_Q == stay_Q),
                 "seconds": outcome.seconds,
                 "document_seconds": {"p50": p50, "p99": p99, "n": len(outcome.document_seconds)},
+                "k": outcome.k,
+                "recall": None if outcome.found_Q is None else rate(outcome.found_Q),
             }
         )
     pairs = [(a, b) for a in outcomes if a.done == UPDATE for b in outcomes if b is not a]
@@ -78,7 +81,13 @@ def summary(
         }
         for (a, b), test, p in zip(pairs, tests, adjusted, strict=True)
     ]
-    return {"rows": rows, "paired": paired}
+    counts = {
+        "documents": len(news.documents),
+        "removed": len(news.removed),
+        "changed": len(news.changed),
+        "unchanged": len(news.unchanged),
+    }
+    return {"name": news.name, "n": counts, "rows": rows, "paired": paired}
 
 
 def name(arm: str, done: str) -> str:
@@ -87,59 +96,87 @@ def name(arm: str, done: str) -> str:
 
 
 def markdown(results: Row) -> str:
-    """freshness.md: a row for each arm and what was done, then the tests."""
-    header = ["arm", "done", "changed facts", "stale answers", "unchanged facts", "seconds for all"]
-    header += ["seconds for one document, p50", "p99"]
+    """freshness.md: for each revision a row for each arm and what was done, then the tests."""
+    blocks = [f"# Freshness on {results['task']}", f"Seed {results['seed']}, 95 % intervals."]
+    for told in results["revisions"]:
+        blocks += _section(told)
+    return "\n\n".join(blocks) + "\n"
+
+
+def _section(told: Row) -> list[str]:
+    header = [
+        "arm",
+        "done",
+        "changed facts",
+        "stale answers",
+        "unchanged facts",
+        "K",
+        "recall at K",
+    ]
+    header += ["seconds for all", "seconds for one document, p50", "p99"]
     table = [header, ["---"] * len(header)]
-    for row in results["rows"]:
-        one = row["document_seconds"]
+    for row in told["rows"]:
+        one, recall = row["document_seconds"], row["recall"]
         cells = [f"{percent(row[k]['rate'])} {interval(row[k]['ci95'])}" for k in KINDS]
+        cells += [str(row["k"]), percent(recall["rate"]) if recall else "-"]
         times = (row["seconds"], one["p50"], one["p99"])
         table.append([row["arm"], row["done"], *cells, *map(_seconds, times)])
     tests = [
         f"- {t['a']} against {t['b']}: {points(t['difference'])} "
         f"{interval(t['ci95'], points)}, p = {t['holm_p']:.2g}"
-        for t in results["paired"]
+        for t in told["paired"]
     ]
-    n = results["n"]
-    blocks = [
-        f"# Freshness on {results['task']}",
-        f"{n['documents']} documents change; {n['changed']} questions ask for what they now say "
-        f"otherwise, {n['unchanged']} for what stays. Seed {results['seed']}, 95 % intervals.",
+    n = told["n"]
+    gone = f", {n['removed']} go" if n["removed"] else ""
+    return [
+        f"## {told['name']}",
+        f"{n['documents']} documents are new or changed{gone}; {n['changed']} questions ask for "
+        f"what they now say otherwise, {n['unchanged']} for what stays.",
         "\n".join(f"| {' | '.join(cells)} |" for cells in table),
         "On the changed facts, paired by question; p is McNemar's, adjusted for all of these:",
         "\n".join(tests) or "Nothing was updated.",
     ]
-    return "\n\n".join(blocks) + "\n"
 
 
 KINDS = ("changed", "stale", "unchanged")
 
 
-def terminal_table(results: Row) -> Table:
-    """The rows for a terminal of 80 columns."""
-    table = Table(title=f"{results['task']}: {results['n']['changed']} changed facts")
-    for title in ("arm", "done", "changed", "stale", "unchanged", "seconds"):
-        table.add_column(title, justify="left" if title in ("arm", "done") else "right")
-    for row in results["rows"]:
-        shares = (percent(row[kind]["rate"]) for kind in KINDS)
-        table.add_row(row["arm"], row["done"], *shares, _seconds(row["seconds"]))
-    return table
+def terminal_tables(results: Row) -> Iterator[Table]:
+    """The rows of each revision for a terminal of 80 columns."""
+    for told in results["revisions"]:
+        title = f"{results['task']}, {told['name']}: {told['n']['changed']} changed facts"
+        table = Table(title=title)
+        for column in ("arm", "done", "changed", "stale", "unchanged", "seconds"):
+            table.add_column(column, justify="left" if column in ("arm", "done") else "right")
+        for row in told["rows"]:
+            shares = (percent(row[kind]["rate"]) for kind in KINDS)
+            table.add_row(row["arm"], row["done"], *shares, _seconds(row["seconds"]))
+        yield table
 
 
 def picture(results: Row) -> bytes:
     """freshness.png: accuracy on changed facts against the seconds until all of them are in."""
     with canvas.style():
-        return canvas.draw(_plot(results)).png
+        return canvas.draw(_plot(results["revisions"])).png
 
 
-def _plot(results: Row) -> Plot:
-    figure = canvas.figure(3.2)
-    axes = figure.add_subplot()
+def _plot(revisions: Sequence[Row]) -> Plot:
+    """A panel for each revision."""
+    figure = canvas.figure(3.2 * len(revisions))
+    panels = figure.subplots(len(revisions), squeeze=False, sharex=True)[:, 0]
+    for axes, told in zip(panels, revisions, strict=True):
+        _panel(axes, told["rows"])
+        if len(revisions) > 1:
+            axes.set_title(told["name"], loc="left")
+    panels[-1].set_xlabel("seconds until all changes are in")
+    return Plot("freshness", "Accuracy on changed facts against the time to take them in.", figure)
+
+
+def _panel(axes: "Axes", rows: Sequence[Row]) -> None:
     colors = {NOTHING: COLORS["gray"], UPDATE: COLORS["blue"]}
-    soonest = min((row["seconds"] for row in results["rows"] if row["seconds"]), default=1.0)
+    soonest = min((row["seconds"] for row in rows if row["seconds"]), default=1.0)
     trained = 0
-    for row in results["rows"]:
+    for row in rows:
         low, high = (100 * bound for bound in row["changed"]["ci95"])
         height, color = 100 * row["changed"]["rate"], colors.get(row["done"], COLORS["orange"])
         if row["seconds"] is None:
@@ -165,9 +202,7 @@ def _plot(results: Row) -> Plot:
     axes.xaxis.set_major_formatter("{x:g}")
     axes.set_xlim(soonest / 4, None)
     axes.set_ylim(0, 105)
-    axes.set_xlabel("seconds until all changes are in")
     axes.set_ylabel("accuracy on changed facts in %")
-    return Plot("freshness", "Accuracy on changed facts against the time to take them in.", figure)
 
 
 def _percentiles(seconds_N: Sequence[float]) -> tuple[float | None, float | None]:

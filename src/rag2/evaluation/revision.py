@@ -1,20 +1,24 @@
 """Facts that change: the documents that state the new ones, and what is asked about them.
 
-Either made of test questions, whose evidence is told to state another choice, or read from files.
+Made of test questions, whose evidence is told to state another choice, read from files, or what a
+later edition of a world's documents says.
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rag2.evaluation import counterfactual
-from rag2.evaluation.questions import load_questions, with_choices
+from rag2.evaluation.questions import load_questions, question_of, with_choices
 from rag2.kb.read import read
+from rag2.kb.rows import document
 from rag2.registry import UserError
 from rag2.types import Chunk, Document, Question
+from rag2.worlds.factbook_revisions import Later
 
 STALE = "stale"  # in a question's metadata: the choice that was right before
+ONLY = "update"  # the name of a revision that is the only one
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +29,9 @@ class Revision:
     changed: Sequence[Question]
     """`answer` is the new one, `metadata.stale` the choice that was right before"""
     unchanged: Sequence[Question]
+    removed: Sequence[str] = ()
+    """ids of documents that are no longer there"""
+    name: str = ONLY
 
 
 def made(
@@ -101,3 +108,28 @@ def given(updates: Path, changed: Path, unchanged: Sequence[Question]) -> Revisi
             )
     asked_anew = {question.id for question in questions}
     return Revision(documents, questions, [q for q in unchanged if q.id not in asked_anew])
+
+
+def dated(later: Iterable[Later], count: int) -> list[Revision]:
+    """What each edition changes after the one before it, with the first `count` changed questions.
+
+    Raises UserError for an edition that changes fewer of the facts asked for, or none that stays.
+    """
+    found = []
+    for news in later:
+        if len(news.changed) < count or not news.unchanged:
+            raise UserError(
+                f"edits={count}: edition {news.edition!r} changes {len(news.changed)} of the facts "
+                f"that are asked for, and leaves {len(news.unchanged)}"
+            )
+        place = f"edition {news.edition}"
+        found.append(
+            Revision(
+                [document(place, row) for row in news.documents],
+                [question_of(row, place) for row in news.changed[:count]],
+                [question_of(row, place) for row in news.unchanged],
+                news.removed,
+                news.edition,
+            )
+        )
+    return found

@@ -3,17 +3,18 @@
 The corpus is the newer edition, one document per country, section and field. Countries are split,
 so that no answer can be learned from training questions; test questions ask held-out countries
 for facts that changed between the editions. People's wordings avoid the words of the field.
+With one edition as both, test questions ask for any fact; what later ones say is in
+rag2.worlds.factbook_revisions.
 """
 
 import json
 import logging
 import random
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field as Setting
 from pydantic import StrictInt
@@ -23,24 +24,12 @@ from rag2.registry import UserError
 from rag2.worlds import factbook_editions as editions
 from rag2.worlds import factbook_pretrain as pretrain
 from rag2.worlds.factbook_editions import Country, FactPath, Page
+from rag2.worlds.factbook_facts import Fact, Row, in_turn, question, wrong
 from rag2.worlds.factbook_fields import Field, fields, key, mentions, number
 
 log = logging.getLogger(__name__)
-Row = dict[str, Any]
 SPLITS = ("test", "validation", "train")
 FEWEST = 8  # distinct values: the gold one, three wrong ones, and some that the evidence states
-
-
-@dataclass(frozen=True)
-class Fact:
-    """A value of one country in the newer edition, and the document that states it."""
-
-    country: Country
-    field: Field
-    value: str
-    page: Page
-    changed: bool  # the older edition has the fact with another value
-    same: bool  # the older edition has it with this value
 
 
 class Factbook(Config):
@@ -53,7 +42,7 @@ class Factbook(Config):
     older: str = "2021-01-01"
     """edition that the base is pretrained on"""
     newer: str = "2024-01-25"
-    """edition that the knowledge base holds"""
+    """edition that the knowledge base holds; the same one: test questions ask for any fact"""
     countries: StrictInt = Setting(default=160, ge=6)
     """countries of the corpus and the questions: those with the most facts that changed"""
     entry_words: StrictInt = Setting(default=60, ge=10)
@@ -95,6 +84,8 @@ class Factbook(Config):
     @cached_property
     def old(self) -> dict[str, Country]:
         """The countries of the older edition by code."""
+        if self.older == self.newer:
+            return self.new
         return editions.read(Path(self.path), self.older)
 
     @cached_property
@@ -123,7 +114,7 @@ class Factbook(Config):
     @cached_property
     def facts(self) -> dict[Field, list[Fact]]:
         """The facts of every field that enough countries have, with distinct enough values."""
-        found = {field: self._facts(field) for field in self.fields}
+        found = {field: self.facts_of(field) for field in self.fields}
         good = {}
         for field, facts in found.items():
             distinct = len({key(fact.value) for fact in facts})
@@ -155,54 +146,66 @@ class Factbook(Config):
                 f"test_countries + validation_countries = {needed} leave none to train on: "
                 f"only {len(codes)} countries have facts that changed"
             )
-        self._rng("split").shuffle(codes)
+        self.rng("split").shuffle(codes)
         held = dict.fromkeys(codes[: self.test_countries], "test")
         held |= dict.fromkeys(codes[self.test_countries : needed], "validation")
         return {code: held.get(code, "train") for code in self.new}
 
-    def documents(self) -> Iterator[Row]:
-        """The corpus: the newer edition, titled by country, the field's name in the text."""
-        for code in self.corpus:
-            for page in self.pages[code]:
+    def facts_of(self, field: Field) -> list[Fact]:
+        """A field's facts; those that the documents do not state in full are left out."""
+        found = []
+        for code, country in self.new.items():
+            path = self._place(field, country)
+            value = field.answer(country.facts.get(path, ""))
+            page = self.stated.get((code, path))
+            if value and page and mentions(page.text, value):
+                before = self.old[code].facts.get(field.was, "") if code in self.old else ""
+                same = bool(before) and _states(before, value, field)
+                changed = self.older == self.newer or (bool(before) and not same)
+                found.append(Fact(country, field, value, page, changed, same))
+        return found
+
+    def documents(self, codes: Iterable[str] | None = None) -> Iterator[Row]:
+        """The newer edition on these countries (None: the corpus's), titled by country."""
+        for code in self.corpus if codes is None else codes:
+            for page in self.pages.get(code, ()):
                 metadata = {"code": code}
                 yield {"id": page.id, "title": page.title, "text": page.text, "metadata": metadata}
 
     def questions(self) -> Iterator[Row]:
         """Questions of all splits; validation and test ask only for facts that changed."""
         for split in SPLITS:
-            rng = self._rng(split)
+            rng = self.rng(split)
             for fact in self._sample(split, rng):
-                wording = "unseen" if split == "test" and rng.random() < self.unseen else "seen"
-                yield self._question(fact, split, wording, rng)
+                wording = self.wording(rng) if split == "test" else "seen"
+                others = wrong(fact, self.facts[fact.field], self.neighbors, rng)
+                yield question(fact, split, wording, others, rng)
 
     def control_questions(self) -> Iterator[Row]:
         """Facts that stayed the same, of training countries: what the base knows by heart."""
-        rng = self._rng("control")
-        facts = [f for field in fields("control") for f in self._facts(field)]
+        rng = self.rng("control")
+        facts = [f for field in fields("control") for f in self.facts_of(field)]
         known = [f for f in facts if f.same and self.split[f.country.code] == "train"]
-        pools = {field: self._facts(field) for field in fields("control")}
+        pools = {field: self.facts_of(field) for field in fields("control")}
         for fact in rng.sample(known, min(self.control, len(known))):
-            row = self._question(fact, "test", "seen", rng, pools[fact.field])
+            others = wrong(fact, pools[fact.field], self.neighbors, rng)
+            row = question(fact, "test", "seen", others, rng)
             yield row | {"id": f"control/{row['id']}", "evidence": []}
 
     def pretrain(self) -> Iterator[Row]:
         """The base's training sequences, all of the older edition."""
         kept = {code: editions.pages(c, self.entry_words)[0] for code, c in self.old.items()}
         practised = {code for code in kept if self.split.get(code) == "train"}
-        rng = self._rng("pretrain")
+        rng = self.rng("pretrain")
         return pretrain.rows(self.pretrain_rows, self.old, kept, practised, self.fields, rng)
 
-    def _facts(self, field: Field) -> list[Fact]:
-        """A field's facts; those that the documents do not state in full are left out."""
-        found = []
-        for code, country in self.new.items():
-            value = field.answer(country.facts.get(field.path, ""))
-            page = self.stated.get((code, field.path))
-            if value and page and mentions(page.text, value):
-                before = self.old[code].facts.get(field.was, "") if code in self.old else ""
-                same = bool(before) and _states(before, value, field)
-                found.append(Fact(country, field, value, page, bool(before) and not same, same))
-        return found
+    def _place(self, field: Field, country: Country) -> FactPath:
+        """Where the newer edition keeps a field: as the only one, it may do so as the older did.
+
+        A wording that names a year asks the older edition for another one.
+        """
+        moved = self.older == self.newer and field.path not in country.facts
+        return field.was if moved and not (field.shared or field.year) else field.path
 
     def _sample(self, split: str, rng: random.Random) -> list[Fact]:
         """As many facts as the split asks for, the fields taken in turn."""
@@ -212,53 +215,14 @@ class Factbook(Config):
             stacks.append([f for f in kept if f.changed or split == "train"])
             rng.shuffle(stacks[-1])
         rng.shuffle(stacks)
-        turns = [s[turn] for turn in range(max(map(len, stacks))) for s in stacks if turn < len(s)]
-        return turns[: getattr(self, split)]
+        return in_turn(stacks)[: getattr(self, split)]
 
-    def _question(
-        self,
-        fact: Fact,
-        split: str,
-        wording: str,
-        rng: random.Random,
-        pool: Sequence[Fact] | None = None,
-    ) -> Row:
-        wordings = fact.field.seen if wording == "seen" else fact.field.unseen
-        wrong = self._wrong(fact, self.facts[fact.field] if pool is None else pool, rng)
-        answer = rng.randrange(4)
-        entity = fact.country.name
-        return {
-            "id": f"{fact.country.code}/{'/'.join(fact.field.path[1:])}",
-            "question": rng.choice(wordings).replace("{country}", entity),
-            "choices": wrong[:answer] + [fact.value] + wrong[answer:],
-            "answer": answer,
-            "split": split,
-            "evidence": [fact.page.id],
-            "metadata": {"entity": entity, "relation": fact.field.name, "wording": wording},
-        }
+    def wording(self, rng: random.Random) -> str:
+        """Whether a test question is asked in a `seen` or an `unseen` wording."""
+        return "unseen" if rng.random() < self.unseen else "seen"
 
-    def _wrong(self, fact: Fact, pool: Sequence[Fact], rng: random.Random) -> list[str]:
-        """Three values of other countries that the evidence does not state.
-
-        Numbers come from the gold value's neighborhood, its rank among the four drawn first:
-        neither its size nor a place in the middle gives it away.
-        """
-        gold = number(fact.value)
-        values = {key(f.value): f.value for f in pool if not mentions(fact.page.text, f.value)}
-        values.pop(key(fact.value), None)
-        others = sorted(values.values())
-        sizes = ((number(value), value) for value in others)
-        sized = sorted((size, value) for size, value in sizes if size is not None and size != gold)
-        if gold is None or len(sized) < 3:
-            return rng.sample(others, 3)
-        below = [value for size, value in sized if size < gold][-self.neighbors :]
-        above = [value for size, value in sized if size > gold][: self.neighbors]
-        smaller = min(max(rng.randrange(4), 3 - len(above)), len(below))
-        wrong = rng.sample(below, smaller) + rng.sample(above, 3 - smaller)
-        rng.shuffle(wrong)
-        return wrong
-
-    def _rng(self, purpose: str) -> random.Random:
+    def rng(self, purpose: str) -> random.Random:
+        """The draws for one purpose, those of the seed."""
         return random.Random(f"factbook/{self.seed}/{purpose}")
 
 

@@ -136,10 +136,8 @@ export class Drawer {
     this.fields[found.id ? "text" : "id"].focus();
   }
 
-  /** Ids are of a namespace: what was typed for one document must not meet another's. */
-  key() {
-    return JSON.stringify([this.namespace(), this.document.id]);
-  }
+  /** What was typed is of one document: ids are of a namespace. */
+  key() { return JSON.stringify([this.namespace(), this.document.id]); }
 
   cancel() {
     this.drafts.delete(this.key());

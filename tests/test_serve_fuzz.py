@@ -11,6 +11,7 @@ import serve_faults
 from hostile_requests import answered, hostile
 from rag2.answering.rag import Rag
 from rag2.serve import app
+from rag2.serve.limits import Limits
 from rag2.serve.server import Server
 from small_systems import served, small_system
 from wire import check_error, exchange, request
@@ -61,6 +62,19 @@ def test_what_is_no_good_json_is_422(server: Server, body: bytes):
     got = exchange(server.address, request("POST", "/v1/retrieve", body))
     assert got is not None and got.status == 422
     check_error(got)
+
+
+def test_a_body_that_breaks_while_its_request_is_refused_leaves_no_traceback(
+    system: Rag, caplog: pytest.LogCaptureFixture
+):
+    chunked = {"transfer-encoding": "chunked", "content-length": "", "host": "evil"}
+    broken = request("POST", "/v1/retrieve", b"no chunk\r\n", chunked)
+    with caplog.at_level(logging.ERROR), served(system, Limits(hosts=["x"])) as server:
+        for _ in range(5):
+            got = exchange(server.address, broken)
+            assert got is not None and got.status == 400
+            check_error(got)
+    assert not caplog.records
 
 
 def test_half_a_request_is_owed_nothing_and_a_whole_one_a_response(dice: random.Random):

@@ -67,7 +67,13 @@ def build(serving: Serving) -> App:
         status: {"description": told, "content": {"application/json": {"schema": ERROR}}}
         for status, told in STATUSES.items()
     }
-    app = FastAPI(title="rag2", version=__version__, responses=described, openapi_url=None)
+    app = FastAPI(
+        title="rag2",
+        version=__version__,
+        responses=described,
+        openapi_url=None,
+        redirect_slashes=False,
+    )
     _errors(app)
     _operations(app, serving)
     for part in (chat, search, documents):

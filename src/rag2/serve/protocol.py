@@ -67,6 +67,9 @@ def protocol(limits: Limits, refused: Callable[[bytes], bytes | None]) -> type[H
                 self._writing = None
 
         def send_400_response(self, msg: str) -> None:
+            if self.cycle is not None and not self.cycle.response_complete:
+                self.cycle.disconnected = True  # what is being made for it is not sent any more
+                self.cycle.message_event.set()
             unread, _ = self.conn.trailing_data
             error = ApiError(400, "this is no HTTP request", "invalid_http")
             if len(unread) > limits.header_bytes:

@@ -79,16 +79,17 @@ def main(cfg: ServingConfig) -> dict:
     random.Random(cfg.seed).shuffle(asked)
     place.check(cfg)
     rows: list[dict[str, Any]] = []
+    cases = [(reading, count) for reading in cfg.readings for count in cfg.concurrency]
     with place.claimed(cfg) as out:
         for repeat in range(cfg.repeats):
             for name in SERVERS:
                 with_server = started(cfg, name, cores)
                 process, port = with_server
                 try:
-                    for reading in cfg.readings:
-                        for count in cfg.concurrency:
-                            took = asyncio.run(load(cfg, port, reading, count, asked))
-                            rows.append({"server": name, "repeat": repeat} | took)
+                    for number, (reading, count) in enumerate(cases):
+                        some = asked_in(asked, number, WARM + cfg.requests)
+                        took = asyncio.run(load(cfg, port, reading, count, some))
+                        rows.append({"server": name, "repeat": repeat} | took)
                 finally:
                     process.terminate()
                     process.wait(30)
@@ -117,11 +118,15 @@ def started(cfg: ServingConfig, name: str, cores: Sequence[int]) -> tuple[subpro
     raise UserError(f"server {name!r} did not start: exit status {process.wait()}")
 
 
+def asked_in(asked: Sequence[str], case: int, count: int) -> list[str]:
+    """What is asked in a case: nothing again before all was asked once, for a server remembers."""
+    return [asked[(case * count + number) % len(asked)] for number in range(count)]
+
+
 async def load(
-    cfg: ServingConfig, port: int, reading: str, count: int, asked: Sequence[str]
+    cfg: ServingConfig, port: int, reading: str, count: int, todo: Sequence[str]
 ) -> dict[str, Any]:
     """Seconds of each request of `count` clients, and all the answers."""
-    todo = [asked[number % len(asked)] for number in range(WARM + cfg.requests)]
     took: list[float] = []
     answers: dict[str, str] = {}
 
@@ -134,10 +139,10 @@ async def load(
             took.append(time.perf_counter() - began)
         writer.close()
 
-    warm = todo[:WARM]
+    warm = list(todo[:WARM])
     await asyncio.gather(*(client(warm) for _ in range(count)))
     took.clear()
-    rest = todo[WARM:]
+    rest = list(todo[WARM:])
     began = time.perf_counter()
     await asyncio.gather(*(client(rest) for _ in range(count)))
     seconds = time.perf_counter() - began
@@ -210,7 +215,10 @@ def serve_naively(cfg: ServingConfig) -> None:
             text = answer(body["prompt"], body["rag2"]["reading"])
         return {"choices": [{"index": 0, "text": text}]}
 
-    listening = socket.create_server(("127.0.0.1", 0))
+    # With its protocol named asyncio turns Nagle's algorithm off; uvicorn's own sockets have it so.
+    listening = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    listening.bind(("127.0.0.1", 0))
+    listening.listen()
     print(f"ready: http://127.0.0.1:{listening.getsockname()[1]}", flush=True)  # noqa: T201
     server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
     asyncio.run(server.serve(sockets=[listening]))

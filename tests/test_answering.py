@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from rag2.answering.ask import Ask
+from rag2.answering.draft import _shared
 from rag2.answering.rag import Rag
 from rag2.answering.settings import Reading
 from rag2.answering.text import Text
@@ -187,3 +188,25 @@ def replace_settings(system: Rag, prompt: Prompt) -> Rag:
     """The same system with another prompt."""
     settings = system.settings.model_copy(update={"prompt": prompt})
     return Rag(system.encoder, system.generator, system.live, system.chunker, settings)
+
+
+def test_what_prompts_of_one_passage_begin_with_is_worth_remembering(
+    system: Rag, questions: list[Question]
+):
+    heads: dict[int, list[int]] = {}
+    for question in questions:
+        for reading in READINGS:
+            (draft,) = system.drafts([Ask(question.question, reading=reading, k=30)])
+            prompts = draft.prompts
+            if reading == "concat":
+                assert prompts.heads == [0]
+                continue
+            for ids, cut, at in zip(prompts.contexts, prompts.heads, prompts.read, strict=True):
+                assert 0 < cut < len(ids)
+                chunk = draft.found[at][0].id
+                assert heads.setdefault(chunk, ids[:cut]) == ids[:cut]
+
+
+def test_the_last_token_of_a_prompt_is_never_remembered():
+    assert _shared([5, 6, 7], [5, 6, 7]) == 2
+    assert _shared([5, 6, 7], [5, 9]) == 1

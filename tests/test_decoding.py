@@ -30,7 +30,7 @@ def mixture(dice: random.Random, reading: str = "marginal") -> Mixture:
     """Some contexts with random weights; they begin with heads that others may share."""
     ids = contexts(dice, dice.randint(1, 4))
     scores_K = np.array([dice.gauss(0, 2) for _ in ids], dtype=np.float32)
-    heads = [dice.randint(1, len(row) - 1) for row in ids]
+    heads = [dice.choice([0, dice.randint(1, len(row) - 1)]) for row in ids]
     return Mixture(ids, log_prior(scores_K, 1.0), reading == "marginal", heads)
 
 

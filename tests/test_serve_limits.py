@@ -1,5 +1,6 @@
 """What is too large, too deep, too many or too slow costs next to nothing and hurts nobody else."""
 
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,6 +31,15 @@ def server(system: Rag) -> Iterator[Server]:
     """A server of it."""
     with served(system) as server:
         yield server
+
+
+def test_a_small_answer_is_not_held_back_for_a_larger_packet(server: Server):
+    with connected(server.address, 5) as line:
+        line.sendall(request("GET", "/health"))
+        assert Reader(line).next() is not None
+        (connection,) = server.server_state.connections
+        ours: socket.socket = connection.transport.get_extra_info("socket")  # pyright: ignore
+        assert ours.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 def test_every_number_beyond_its_bounds_is_422(server: Server):

@@ -53,8 +53,10 @@ class Prompts:
             built = [alone[place] for place in read] or alone[:1]
         texts = [one.text for one in built]
         contexts = encode_contexts(tokenizer, texts)
-        heads = encode_contexts(tokenizer, [one.text[: one.head] for one in built])
-        cuts = [_shared(*pair) for pair in zip(contexts, heads, strict=True)]
+        cuts = [0] * len(built)
+        if len(read) == len(built):  # a passage comes again; a list of them hardly ever does
+            heads = encode_contexts(tokenizer, [one.text[: one.head] for one in built])
+            cuts = [_shared(*pair) for pair in zip(contexts, heads, strict=True)]
         return cls(texts, contexts, cuts, read, len(chunks) - len(read))
 
 

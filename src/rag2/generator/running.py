@@ -65,7 +65,7 @@ class Heads:
     def of(self, heads: Sequence[tuple[int, ...]]) -> Past:
         """The past of each head, one row each; those that are not known are read together."""
         fresh = [head for head in dict.fromkeys(heads) if head not in self._known]
-        for batch in token_batches([(1, len(head)) for head in fresh], BATCH_TOKENS):
+        for batch in token_batches([(1, len(head)) for head in fresh], BATCH_TOKENS, 0):
             ids = [fresh[i] for i in batch]
             _, past = Past.nothing(self.model, len(ids)).read(self.model, ids)
             for row, head in enumerate(ids):
@@ -91,21 +91,24 @@ class Cached(Running):
     def add(self, contexts: Sequence[Ids], heads: Sequence[int] | None = None) -> None:
         """As Running.add."""
         cuts = heads if heads and self.heads.most else [0] * len(contexts)
-        shapes = [(1, len(ids)) for ids in contexts]
         logits: list[Tensor] = [torch.empty(0)] * len(contexts)
         pasts: list[Past] = [self.past] * len(contexts)
-        for batch in token_batches(shapes, BATCH_TOKENS):
-            known = self._known([contexts[i][: cuts[i]] for i in batch])
-            rest = [contexts[i][cuts[i] :] for i in batch]
-            logits_RV, past = known.read(self.model, rest)
-            for row, i in enumerate(batch):
-                logits[i] = logits_RV[row]
-                pasts[i] = past.take(torch.tensor([row]))
+        for headed in (True, False):
+            some = [i for i, cut in enumerate(cuts) if bool(cut) == headed]
+            shapes = [(1, len(contexts[i])) for i in some]
+            for batch in token_batches(shapes, BATCH_TOKENS, 0):
+                rows = [some[at] for at in batch]
+                known = self._known([contexts[i][: cuts[i]] for i in rows])
+                rest = [contexts[i][cuts[i] :] for i in rows]
+                logits_RV, past = known.read(self.model, rest)
+                for row, i in enumerate(rows):
+                    logits[i] = logits_RV[row]
+                    pasts[i] = past.take(torch.tensor([row]))
         self.past = Past.joined([self.past, *pasts]) if len(self.past) else Past.joined(pasts)
         self.logits_RV = torch.cat([self.logits_RV.to(logits[0]), torch.stack(logits)])
 
     def _known(self, heads: Sequence[Ids]) -> Past:
-        if not all(heads):
+        if not heads[0]:
             return Past.nothing(self.model, len(heads))
         return self.heads.of([tuple(head) for head in heads])
 

@@ -35,6 +35,7 @@ from rag2.evaluation.environment import environment
 from rag2.evaluation.questions import load_questions, split
 from rag2.generator.logprob import Request, choice_logprobs
 from rag2.registry import UserError
+from rag2.stages import LEASH
 
 SERVERS = ("naive", "rag2", "rag2, remembering nothing")
 WARM = 16  # requests before the clock runs
@@ -106,7 +107,8 @@ def main(cfg: ServingConfig) -> dict:
 
 def started(cfg: ServingConfig, name: str, cores: Sequence[int]) -> tuple[subprocess.Popen, int]:
     """A server in a process of its own and its port, once it is ready; the client moves away."""
-    command = [sys.executable, __file__, f"role={name}", f"export={cfg.export}"]
+    command = [sys.executable, "-c", LEASH, str(os.getpid()), sys.executable, __file__]
+    command += [f"role={name}", f"export={cfg.export}"]
     command += [f"questions={cfg.questions}", f"max_new_tokens={cfg.max_new_tokens}"]
     command += [f"whole_lines={str(cfg.whole_lines).lower()}"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)

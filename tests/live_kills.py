@@ -31,7 +31,7 @@ from hashed import embedder, vectors
 from rag2.index.flat import Flat
 from rag2.kb.store import KnowledgeBase
 from rag2.live.live import Live
-from rag2.live.view import Part
+from rag2.live.part import Part
 from rag2.types import Document
 
 FAULTS = ("generation as it was", "told before the compaction")

@@ -75,7 +75,7 @@ def test_the_smallest_temperature_draws_the_likeliest(seed: int, temperature: fl
 def answer(text: str, shares: list[float | None], tokens: int, prompt: int) -> Answer:
     """An answer from as many chunks."""
     cited = [
-        Citation(n, f"a b/{n}", "", 10 * n, 10 * n + 7, 1.0, share, "")
+        Citation(n, "k&" * (n == 2), f"a b/{n}", "", 10 * n, 10 * n + 7, 1.0, share, "")
         for n, share in enumerate(shares)
     ]
     words = ("x",) * tokens
@@ -87,7 +87,7 @@ def test_annotations_are_the_chunks_with_an_equal_share_or_more_the_best_first()
     found = [note["url_citation"] for note in noted]
     assert [note["url"] for note in found] == [
         "/v1/documents/a%20b%2F1#char=10,17",
-        "/v1/documents/a%20b%2F2#char=20,27",
+        "/v1/documents/a%20b%2F2?namespace=k%26#char=20,27",
     ]
     assert all((note["start_index"], note["end_index"]) == (0, 7) for note in found)
     assert len(replies.annotations(answer("x", [None, None], 1, 9))) == 2

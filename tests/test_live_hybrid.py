@@ -209,7 +209,7 @@ def mixed(live: Live, searches: int) -> list[str]:
             if wrong:
                 break
             found = live.search(["wax"], 1, weight=0.0)
-            held = [chunk.text for chunk in found.view.chunks.values() if "wax" in chunk.text]
+            held = [chunk.text for _, chunk in found.view.chunks.values() if "wax" in chunk.text]
             try:
                 (text,) = [chunk.text for chunk in found.chunks()]
             except KeyError as error:

@@ -7,7 +7,8 @@ from lines import Lines
 from rag2.index.flat import Flat
 from rag2.kb.store import KnowledgeBase
 from rag2.live.live import Live
-from rag2.live.view import Embedder, Part
+from rag2.live.part import Part
+from rag2.live.view import Embedder
 from rag2.types import Document
 
 FLAT = Flat(device="cpu")

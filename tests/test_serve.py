@@ -252,6 +252,16 @@ def test_a_namespace_is_seen_by_those_who_ask_for_it(http: httpx.Client):
     assert http.get("/v1/documents/d").status_code == 404
     assert http.get("/v1/documents/d", params={"namespace": "acme"}).status_code == 200
     assert "acme" in http.get("/v1/models").json()["data"][0]["rag2"]["namespaces"]
+    for _ in ("newer than the index", "in it"):
+        ask = {
+            "messages": [{"role": "user", "content": "Where?"}],
+            "rag2": {"namespaces": ["acme"]},
+        }
+        told = http.post("/v1/chat/completions", json=ask).json()["choices"][0]["message"]
+        (note,) = told["annotations"]
+        assert http.get(note["url_citation"]["url"]).json()["text"] == "Only here."
+        assert [citation["namespace"] for citation in told["citations"]] == ["acme"]
+        http.post("/v1/refresh", headers=EDIT)
     http.delete("/v1/documents/d", params={"namespace": "acme"}, headers=EDIT)
 
 

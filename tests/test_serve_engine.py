@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,7 +28,7 @@ from rag2.serve.server import Server
 from rag2.serve.serving import Serving
 from rag2.serve.work import Work
 from small_systems import TOKEN, served, small_system
-from wire import Reader, asked, chat, check_error, connected, events, exchange, request
+from wire import Reader, asked, chat, check_error, connected, edited, events, exchange, request
 
 
 @pytest.fixture(scope="module")
@@ -251,6 +252,61 @@ def test_a_signal_ends_the_server_when_all_that_it_took_is_answered(
             answer = Reader(line).next()
             assert answer is not None and answer.status == 200
             assert events(answer) if number % 2 else storm_answers.texts(answer)
+
+
+def test_no_more_prompts_are_read_at_once_than_there_may_be(
+    system: Rag, planted: pytest.MonkeyPatch, questions: list[str]
+):
+    counted, add = [], Mixtures.add
+
+    def spied(self: Mixtures, mixtures: Any) -> None:
+        add(self, mixtures)
+        counted.append(sum(len(mixture.contexts) for mixture in self.live))
+
+    planted.setattr(Mixtures, "add", spied)
+    with served(system, Limits(rows=6)) as server, ExitStack() as stack:
+        engine = server.serving.engine
+        assert isinstance(engine, Engine)
+        slow = Slow(engine)
+        counted.clear()
+        lines = [stack.enter_context(connected(server.address)) for _ in range(7)]
+        for line, question in zip(lines, questions, strict=False):
+            line.sendall(chat(question, rag2={"k": 3, "reading": "marginal"}))
+        _until(lambda: engine.waiting == 7)
+        slow.go.set()
+        assert all((got := Reader(line).next()) and got.status == 200 for line in lines)
+    assert max(counted) == 6
+
+
+def test_a_system_that_cannot_answer_is_not_ready():
+    def answer(*_: Any, **__: Any) -> None:
+        raise RuntimeError("the model is broken")
+
+    serving = Serving(Limits(), "small", TOKEN)
+    with pytest.raises(RuntimeError, match="broken"):
+        serving.start(SimpleNamespace(answer=answer))  # pyright: ignore[reportArgumentType]
+    assert serving.state() == "starting"
+
+
+def test_what_is_newer_than_the_index_is_built_into_it_once_it_is_much(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def put(server: Server, count: int, name: str) -> None:
+        documents = [{"id": f"{name}{n}", "text": f"News {name} {n}."} for n in range(count)]
+        got = edited(server.address, "POST", "/v1/documents", {"documents": documents})
+        assert got.status == 200
+
+    def indexed() -> int:
+        base = rag.live.view().base
+        return 0 if base is None else len(base.index)
+
+    with small_system(home, tmp_path) as rag, served(rag) as server:
+        monkeypatch.setattr("rag2.serve.serving.NEWER", 20)
+        first = indexed()
+        put(server, 3, "few")
+        assert server.serving._refreshing is None
+        put(server, max(40, first // 5), "many")
+        _until(lambda: indexed() > first and rag.live.view().delta is None, 20)
 
 
 def test_a_system_that_cannot_be_loaded_is_never_ready_but_alive():

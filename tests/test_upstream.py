@@ -29,7 +29,8 @@ from upstreams import Fake, remote, running
 @pytest.fixture(scope="module")
 def home_system(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rag]:
     """Random models over the small world's documents, all in this process."""
-    with small_system(home, tmp_path_factory.mktemp("up")) as rag:
+    # Random encoders score chunks much alike: cold, so that p(z|x) matters.
+    with small_system(home, tmp_path_factory.mktemp("up"), temperature=0.05) as rag:
         yield rag
 
 
@@ -102,9 +103,9 @@ def by_force(rag: Rag, question: str, stops: list[str]) -> tuple[str, float, lis
     tokenizer = rag.generator.tokenizer
     ((hits, _),) = rag.searched([Ask(question)])
     prompts = [
-        rag.settings.prompt.context(question, [chunk.passage], tokenizer).text for chunk, _ in hits
+        rag.settings.prompt.context(question, [hit.chunk.passage], tokenizer).text for hit in hits
     ]
-    prior_K = log_prior(np.array([score for _, score in hits]), rag.settings.temperature).numpy()
+    prior_K = log_prior(np.array([hit.score for hit in hits]), rag.settings.temperature).numpy()
     server = Fake(rag.generator)
     best: tuple[float, str, str] = (-math.inf, "", "")
     for prompt in prompts:
@@ -159,6 +160,7 @@ def test_a_drawn_answer_begins_with_the_draw_of_a_chunk(
     system: Remote, questions: list[Question], fake: Fake
 ):
     question = questions[0].question
+    system.settings = system.settings.model_copy(update={"temperature": 10.0})  # all chunks alike
     ask: dict[str, Any] = {"temperature": 1.0, "max_new_tokens": 6}
     texts = {system.answer(question, seed=seed, **ask).text for seed in range(12)}
     assert len(texts) > 1
@@ -317,3 +319,31 @@ def test_a_text_in_pieces_ends_before_its_first_stop(dice: random.Random, stops:
                 break
         cut = min((at for stop in stops if (at := wanted.find(stop)) >= 0), default=len(wanted))
         assert told == writing.text == wanted[:cut].strip()
+
+
+@pytest.mark.parametrize(
+    ("tokens", "stops", "count"),
+    [
+        (["a", "b"], ["x"], 2),
+        (["a", "\n", "b"], ["\n"], 1),
+        (["a", "b\n", "c"], ["\n"], 2),
+        (["a", " ", "\n"], ["\n"], 2),
+        (["</s>", "a"], ["x"], 0),
+        (["a", "b", "</s>", "x"], ["x"], 2),
+        (["the e", "nd."], ["end"], 1),
+        (["\n"], ["\n"], 0),
+    ],
+)
+def test_the_token_that_only_ends_a_text_is_none_of_its_tokens(
+    tokens: list[str], stops: list[str], count: int
+):
+    assert kept(tokens, stops, ["</s>"]) == count
+
+
+def test_a_candidate_is_weighed_by_the_prior_of_its_chunks():
+    prior_S = torch.tensor([0.9, 0.1]).double().log()
+    rows = [[("a", -1.0), ("b", -0.5)], [("a", -3.0), ("b", -0.25)]]
+    assert _total(prior_S, rows) == pytest.approx(
+        math.log(0.9 * math.exp(-1.5) + 0.1 * math.exp(-3.25))
+    )
+    assert _total(prior_S, []) == -math.inf

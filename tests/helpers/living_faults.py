@@ -8,7 +8,7 @@ from unittest import mock
 import numpy as np
 
 from rag2.live.live import Live
-from rag2.live.view import Part
+from rag2.live.part import Part
 
 
 @contextlib.contextmanager

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Self, get_args
+from typing import Any, NamedTuple, Self, get_args
 
 from rag2.answering.settings import Reading
 from rag2.registry import UserError, nearest
@@ -60,11 +60,20 @@ class Ask:
         return cls(question, **named)
 
 
+class Hit(NamedTuple):
+    """A chunk that was found, with the retriever's score, and the namespace of its document."""
+
+    chunk: Chunk
+    score: float
+    namespace: str
+
+
 @dataclass(frozen=True, slots=True)
 class Citation:
     """A chunk that was read: where it stands, how it was found, and what it did for the answer."""
 
     chunk: int
+    namespace: str
     document: str
     title: str
     start: int
@@ -77,10 +86,11 @@ class Citation:
     text: str
 
     @classmethod
-    def of(cls, chunk: Chunk, score: float, posterior: float | None) -> "Citation":
+    def of(cls, hit: Hit, posterior: float | None) -> "Citation":
         """What is told of a chunk."""
-        place = (chunk.id, chunk.document, chunk.title, chunk.start, chunk.end)
-        return cls(*place, score, posterior, chunk.text)
+        chunk = hit.chunk
+        place = (chunk.id, hit.namespace, chunk.document, chunk.title, chunk.start, chunk.end)
+        return cls(*place, hit.score, posterior, chunk.text)
 
 
 @dataclass(frozen=True, slots=True)

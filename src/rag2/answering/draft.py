@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rag2.answering.ask import Answer, Ask, Citation, Place
+from rag2.answering.ask import Answer, Ask, Citation, Hit, Place
 from rag2.answering.settings import Settings
 from rag2.answering.text import Text
 from rag2.generator.generate import ends_of
@@ -72,7 +72,7 @@ class Draft:
     def __init__(
         self,
         ask: Ask,
-        found: Sequence[tuple[Chunk, float]],
+        found: Sequence[Hit],
         place: Place,
         settings: Settings,
         generator: Generator,
@@ -83,9 +83,9 @@ class Draft:
         self.ends = ends_of(generator.model, generator.tokenizer)
         self.stops = (*settings.stop, *ask.stop)
         reading = ask.reading or settings.reading
-        self.prompts = Prompts.of(ask, [chunk for chunk, _ in found], settings, self.tokenizer)
+        self.prompts = Prompts.of(ask, [hit.chunk for hit in found], settings, self.tokenizer)
         self.most = room(positions(generator.model), self.prompts, ask, settings)
-        scores_S = np.array([found[at][1] for at in self.prompts.read], dtype=np.float64)
+        scores_S = np.array([found[at].score for at in self.prompts.read], dtype=np.float64)
         apart = reading != "concat" and self.prompts.read
         weights_S = log_prior(scores_S, settings.temperature) if apart else torch.zeros(1).double()
         self.mixture = Mixture(
@@ -124,7 +124,7 @@ class Draft:
         citations = []
         for number, at in enumerate(self.prompts.read):
             share = None if posterior_S is None else posterior_S[number]
-            citations.append(Citation.of(*self.found[at], share))
+            citations.append(Citation.of(self.found[at], share))
         return Answer(
             text=self._text.whole(),
             citations=tuple(citations),

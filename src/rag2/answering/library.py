@@ -9,9 +9,8 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 
-from rag2.answering.ask import Ask, Citation, Place, needed
+from rag2.answering.ask import Ask, Citation, Hit, Place, needed
 from rag2.answering.exported import Exported
-from rag2.answering.scoring import Hits
 from rag2.answering.settings import Reading, Settings
 from rag2.answering.state import State
 from rag2.generator.mixture import log_prior
@@ -82,13 +81,13 @@ class Library:
         """The same, and the state that was searched."""
         k = Ask(question, k=k).k or self.settings.k
         (hits,), view = self.search([question], k, namespaces)
-        scores_K = np.array([value for _, value in hits])
+        scores_K = np.array([hit.score for hit in hits])
         prior = log_prior(scores_K, self.settings.temperature).exp().tolist() if hits else []
-        return [Citation.of(*hit, share) for hit, share in zip(hits, prior, strict=True)], view
+        return [Citation.of(hit, share) for hit, share in zip(hits, prior, strict=True)], view
 
-    def searched(self, asks: Sequence[Ask]) -> list[tuple[Hits, View]]:
+    def searched(self, asks: Sequence[Ask]) -> list[tuple[list[Hit], View]]:
         """What each finds and in which state; nothing where k = 0."""
-        nothing: tuple[Hits, View] = ([], self.live.view())
+        nothing: tuple[list[Hit], View] = ([], self.live.view())
         results = [nothing for _ in asks]
         groups: dict[tuple[str, ...] | None, list[int]] = {}
         for number, ask in enumerate(asks):
@@ -104,16 +103,16 @@ class Library:
 
     def search(
         self, questions: Sequence[str], k: int, namespaces: Collection[str] | None
-    ) -> tuple[list[Hits], View]:
+    ) -> tuple[list[list[Hit]], View]:
         """The k best chunks of each question with their scores, and the state that was searched."""
         weight = self.settings.dense_weight
         found = self.live.search(questions, k, namespaces, weight)
         scale = self.scale if weight == 1 else 1.0
-        rows = [
-            list(zip(found.chunks(row), (found.scores_BK[row] * scale).tolist(), strict=True))
-            for row in range(len(questions))
-        ]
-        return rows, found.view
+        view, rows = found.view, []
+        for ids_K, scores_K in zip(found.ids_BK.tolist(), found.scores_BK * scale, strict=True):
+            pairs = zip(ids_K, scores_K.tolist(), strict=True)
+            rows.append([Hit(view.chunk(id), score, view.namespace(id)) for id, score in pairs])
+        return rows, view
 
     def place(self, view: View) -> Place:
         """The name of a state."""

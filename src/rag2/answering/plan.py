@@ -5,9 +5,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from rag2.answering.ask import Answer, Ask, Citation, Place
+from rag2.answering.ask import Answer, Ask, Citation, Hit, Place
 from rag2.answering.draft import Prompts
-from rag2.answering.scoring import Hits
 from rag2.answering.upstream import Wanted
 from rag2.answering.writing import Writing
 
@@ -17,7 +16,7 @@ class Plan:
     """An answer that is about to be written."""
 
     ask: Ask
-    found: Hits
+    found: Sequence[Hit]
     place: Place
     prompts: Prompts
     wanted: Wanted
@@ -36,7 +35,7 @@ class Plan:
         read = zip(self.prompts.read, posterior_S, strict=True)
         return Answer(
             text=writing.text,
-            citations=tuple(Citation.of(*self.found[at], share) for at, share in read),
+            citations=tuple(Citation.of(self.found[at], share) for at, share in read),
             tokens=tuple(tokens),
             logps=tuple(logps),
             finish=writing.finish,

@@ -109,7 +109,7 @@ class Rag(Library):
         with self.reading:
             logps, posterior = log_likelihoods(self.generator, self.settings, ask, hits, choices)
         shares = posterior or [None] * len(hits)
-        cited = tuple(Citation.of(*hit, share) for hit, share in zip(hits, shares, strict=True))
+        cited = tuple(Citation.of(hit, share) for hit, share in zip(hits, shares, strict=True))
         return Scored(tuple(logps), cited, self.place(view))
 
     def drafts(self, asks: Sequence[Ask]) -> list[Draft]:

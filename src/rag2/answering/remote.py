@@ -10,7 +10,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from rag2.answering.ask import Answer, Ask, Citation, Scored
+from rag2.answering.ask import Answer, Ask, Citation, Hit, Scored
 from rag2.answering.background import Background
 from rag2.answering.draft import Prompts, room
 from rag2.answering.exported import Exported
@@ -18,7 +18,7 @@ from rag2.answering.lexicon import Lexicon
 from rag2.answering.library import Library, Parts, check_choices, names_of, parts_of
 from rag2.answering.plan import Plan
 from rag2.answering.rag import Rag
-from rag2.answering.scoring import Hits, from_table
+from rag2.answering.scoring import from_table
 from rag2.answering.settings import Reading
 from rag2.answering.thorough import best, scored
 from rag2.answering.upstream import PROBE, Upstream, Wanted
@@ -113,10 +113,12 @@ class Remote(Library):
         """Search and make the prompts. Raises UserError for what this system cannot do."""
         reading = self._reading(ask)
         ((found, view),) = self.searched([ask])
-        prompts = Prompts.of(ask, [c for c, _ in found], self.settings, self.lexicon.tokenizer)
+        prompts = Prompts.of(
+            ask, [hit.chunk for hit in found], self.settings, self.lexicon.tokenizer
+        )
         most = room(self._positions, prompts, ask, self.settings)
         apart = reading == "marginal" and len(prompts.texts) > 1
-        scores_S = np.array([found[at][1] for at in prompts.read], dtype=np.float64)
+        scores_S = np.array([found[at].score for at in prompts.read], dtype=np.float64)
         stops = (*self.settings.stop, *ask.stop)
         return Plan(
             ask=ask,
@@ -197,13 +199,15 @@ class Remote(Library):
         table = self._table(question, choices, hits, together)
         logps, posterior = from_table(table, together, self.settings.temperature)
         shares = posterior or [None] * len(hits)
-        cited = tuple(Citation.of(*hit, share) for hit, share in zip(hits, shares, strict=True))
+        cited = tuple(Citation.of(hit, share) for hit, share in zip(hits, shares, strict=True))
         return Scored(tuple(logps), cited, self.place(view))
 
-    def _table(self, question: str, choices: Sequence[str], hits: Hits, together: bool) -> Scores:
+    def _table(
+        self, question: str, choices: Sequence[str], hits: Sequence[Hit], together: bool
+    ) -> Scores:
         """The harness's table of one question; -inf for what this reading does not look at."""
         prompt, tokenizer = self.settings.prompt, self.lexicon.tokenizer
-        passages = [chunk.passage for chunk, _ in hits]
+        passages = [hit.chunk.passage for hit in hits]
         groups = [passages] if together or not hits else [[passage] for passage in passages]
         contexts = [
             prompt.context(question, group, tokenizer, choices, prompt.header()).text
@@ -224,8 +228,8 @@ class Remote(Library):
         return Scores(
             logp_QKC=apart_QKC,
             closed_QC=nothing_QC if hits else logp_GC,
-            scores_QK=np.array([[value for _, value in hits]], dtype=np.float64),
-            ids_QK=np.array([[chunk.id for chunk, _ in hits]], dtype=np.int64),
+            scores_QK=np.array([[hit.score for hit in hits]], dtype=np.float64),
+            ids_QK=np.array([[hit.chunk.id for hit in hits]], dtype=np.int64),
             concat={len(hits): logp_GC} if together else {},
         )
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from rag2.answering.ask import Ask
+from rag2.answering.ask import Ask, Hit
 from rag2.answering.draft import CALLED, Prompts
 from rag2.answering.settings import Settings
 from rag2.evaluation import score
@@ -13,15 +13,14 @@ from rag2.generator.load import Generator
 from rag2.generator.mixture import Mixture, forced, log_prior
 from rag2.generator.pairs import encode_pairs
 from rag2.registry import UserError
-from rag2.types import Chunk, Question
+from rag2.types import Question
 
 LONGEST = 1 << 15  # tokens of all choices times chunks: some seconds of a small model
-Hits = list[tuple[Chunk, float]]
 Likelihoods = tuple[list[float], list[float] | None]
 
 
 def log_likelihoods(
-    generator: Generator, settings: Settings, ask: Ask, hits: Hits, choices: Sequence[str]
+    generator: Generator, settings: Settings, ask: Ask, hits: Sequence[Hit], choices: Sequence[str]
 ) -> Likelihoods:
     """In nats, and p(z|x,y) of each chunk; None for chunks that were read in one prompt."""
     reading = ask.reading or settings.reading
@@ -40,17 +39,17 @@ def _by_harness(
     generator: Generator,
     settings: Settings,
     ask: Ask,
-    hits: Hits,
+    hits: Sequence[Hit],
     choices: Sequence[str],
     reading: str,
 ) -> Likelihoods:
     """By the harness's own functions, as it scores an arm."""
     question = Question(CALLED, ask.question, tuple(choices), answer=0)
     header = settings.prompt.header() + ask.header
-    by_id = {chunk.id: chunk for chunk, _ in hits}
+    by_id = {hit.chunk.id: hit.chunk for hit in hits}
     reader = Reader(generator, settings.prompt, by_id, headers={question.id: header})
-    scores_QK = np.array([[value for _, value in hits]], dtype=np.float64)
-    ids_QK = np.array([[chunk.id for chunk, _ in hits]], dtype=np.int64)
+    scores_QK = np.array([[hit.score for hit in hits]], dtype=np.float64)
+    ids_QK = np.array([[hit.chunk.id for hit in hits]], dtype=np.int64)
     together = reading == "concat" and len(hits) > 1
     concat = [len(hits)] if together else []
     table = evaluate([question], Found(scores_QK, ids_QK), reader, concat=concat)
@@ -69,14 +68,14 @@ def from_table(table: score.Scores, together: bool, temperature: float) -> Likel
 
 
 def _by_token(
-    generator: Generator, settings: Settings, ask: Ask, hits: Hits, choices: Sequence[str]
+    generator: Generator, settings: Settings, ask: Ask, hits: Sequence[Hit], choices: Sequence[str]
 ) -> Likelihoods:
     """By weights that stand still from token to token."""
     tokenizer = generator.tokenizer
-    prompts = Prompts.of(ask, [chunk for chunk, _ in hits], settings, tokenizer)
+    prompts = Prompts.of(ask, [hit.chunk for hit in hits], settings, tokenizer)
     header = settings.prompt.header() + ask.header
     stem = settings.prompt.context(ask.question, [], tokenizer, header=header).text
-    scores_S = np.array([hits[at][1] for at in prompts.read])
+    scores_S = np.array([hits[at].score for at in prompts.read])
     weights_S = log_prior(scores_S, settings.temperature)
     logps, made = [], []
     for choice in settings.prompt.continuations(choices):

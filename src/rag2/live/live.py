@@ -20,8 +20,9 @@ from rag2.index.generation import Generation, table_of
 from rag2.kb.chunk import Chunker
 from rag2.kb.store import KnowledgeBase, Put
 from rag2.live import folder, hybrid
+from rag2.live.part import Part
 from rag2.live.snapshot import Snapshot
-from rag2.live.view import Embedder, Found, Part, View, delta_of
+from rag2.live.view import Embedder, Found, View, delta_of
 from rag2.registry import UserError
 from rag2.types import Document
 
@@ -257,5 +258,5 @@ class Live:
             added = [(name, kb.chunk(id)) for id, name in alive.items() if id not in held]
         base = None if generation is None else Part.of(generation.index, alive)
         delta = delta_of(embedder, added, old)
-        chunks = {chunk.id: chunk for _, chunk in added}
+        chunks = {chunk.id: (name, chunk) for name, chunk in added}
         return View(embedder, version, generation, base, delta, chunks)

@@ -33,6 +33,7 @@ class Passage(BaseModel):
     """A chunk: where it stands and how it was found."""
 
     chunk: int
+    namespace: str
     document: str
     title: str
     start: int

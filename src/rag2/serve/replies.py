@@ -86,7 +86,10 @@ def annotations(answer: Answer) -> list[dict[str, Any]]:
 
 def address(citation: Citation) -> str:
     """Where the server shows the document, with the characters (RFC 5147)."""
-    return f"/v1/documents/{quote(citation.document, safe='')}#char={citation.start},{citation.end}"
+    name = citation.namespace
+    where = f"?namespace={quote(name, safe='')}" if name else ""
+    place = f"#char={citation.start},{citation.end}"
+    return f"/v1/documents/{quote(citation.document, safe='')}{where}{place}"
 
 
 def made(work: Work, answer: Answer, total: float) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import logging
 import os
 import secrets
 import socket
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -155,8 +156,13 @@ def serve(
         with suppress(BrokenPipeError):
             print(f"ready: {shown}", flush=True)  # noqa: T201 (the command's output)
 
+    code = 0
     try:
         server.answer(tell)
-    except SystemExit as ended:  # without waiting for a thread that may never end
-        logging.shutdown()
-        os._exit(int(ended.code or 0))
+    except SystemExit as ended:
+        code = int(ended.code or 0)
+    # All is closed: to free the libraries takes seconds more, and a thread may hang for ever.
+    logging.shutdown()
+    with suppress(BrokenPipeError):
+        sys.stdout.flush()
+    os._exit(code)

@@ -91,14 +91,14 @@ export class Drawer {
   }
 
   get(id, query) {
-    const path = documents(id, { ...query, namespace: this.namespace() });
+    const path = documents(id, { namespace: this.namespace(), ...query });
     return json("GET", path, undefined, this.reading.signal);
   }
 
   async load(id, citation, edit = false) {
     this.turn("article", id);
     this.find(".text").textContent = "";
-    const found = await this.get(id);
+    const found = await this.get(id, citation && { namespace: citation.namespace });
     if (edit) this.edit(found);
     else this.show(found, citation);
   }

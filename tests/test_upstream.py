@@ -15,6 +15,7 @@ from rag2.answering.ask import Ask
 from rag2.answering.rag import Rag
 from rag2.answering.remote import Remote
 from rag2.answering.settings import Reading
+from rag2.answering.thorough import _total
 from rag2.answering.wire import Choice, Unavailable
 from rag2.answering.writing import Writing, kept
 from rag2.evaluation.questions import load_questions

@@ -186,7 +186,7 @@ def serve_one(cfg: ServingConfig) -> None:
         serve_naively(cfg)
         return
     from rag2.serve.limits import Limits
-    from rag2.serve.server import Server
+    from rag2.serve.server import Server, settle
     from rag2.serve.serving import Serving
 
     remembered = 0 if "nothing" in cfg.role else Limits().remembered
@@ -199,7 +199,12 @@ def serve_one(cfg: ServingConfig) -> None:
         return rag
 
     server = Server(serving, loaded, "127.0.0.1", 0)
-    server.answer(lambda: print(f"ready: {server.address}", flush=True))  # noqa: T201
+
+    def ready() -> None:
+        settle()
+        print(f"ready: {server.address}", flush=True)  # noqa: T201
+
+    server.answer(ready)
 
 
 def serve_naively(cfg: ServingConfig) -> None:

@@ -1,5 +1,6 @@
 """One bad request, one client that leaves, one failing thread: the others get their answers."""
 
+import gc
 import logging
 import socket
 import threading
@@ -24,7 +25,7 @@ from rag2.registry import UserError
 from rag2.serve.engine import Engine
 from rag2.serve.limits import Limits
 from rag2.serve.refusal import Refusal
-from rag2.serve.server import Server
+from rag2.serve.server import Server, serve
 from rag2.serve.serving import Serving
 from rag2.serve.work import Work
 from small_systems import TOKEN, served, small_system
@@ -276,6 +277,21 @@ def test_no_more_prompts_are_read_at_once_than_there_may_be(
         slow.go.set()
         assert all((got := Reader(line).next()) and got.status == 200 for line in lines)
     assert max(counted) == 6
+
+
+def test_a_process_that_serves_keeps_what_it_loaded_for_good(monkeypatch: pytest.MonkeyPatch):
+    def answer(self: Server, when_ready: Callable[[], None]) -> None:
+        when_ready()
+        self.socket.close()
+
+    codes: list[int] = []
+    monkeypatch.setattr(Server, "answer", answer)
+    monkeypatch.setattr("os._exit", codes.append)
+    try:
+        serve(lambda: None, "small", "127.0.0.1", 0, TOKEN)  # pyright: ignore[reportArgumentType]
+        assert gc.get_freeze_count() > 10_000 and codes == [0]
+    finally:
+        gc.unfreeze()
 
 
 def test_a_system_that_cannot_answer_is_not_ready():

@@ -11,6 +11,7 @@ import reading
 from asking import answered, ask, commanded, put, texts, visit, watched, write
 from browser import Page, browse
 from small_systems import TOKEN
+from wire import asked
 
 HOSTILE = '<script>window.broken = 1</script><img src=x onerror="window.broken = 1">&amp;'
 
@@ -155,6 +156,12 @@ def test_a_change_wants_the_token_and_says_so(tab: Page, towns: str):
     assert "another" not in tab.look("location.href")
 
 
+def shown(address: str, id: str, namespace: str) -> str | None:
+    """A document's text; None if there is no such document."""
+    got = asked(address, "GET", f"/v1/documents/{id}?namespace={namespace}")
+    return got.json["text"] if got.status == 200 else None
+
+
 def test_a_namespace_is_asked_and_changed_alone(tab: Page, towns: str):
     body = {"id": "almby", "title": "Almby", "text": reading.text("golden", "salt")}
     put(towns, namespace="acme", **body)
@@ -163,15 +170,18 @@ def test_a_namespace_is_asked_and_changed_alone(tab: Page, towns: str):
     tab.look("document.querySelector('#namespace select').value = 'acme'")
     assert ask(tab, reading.question("Almby")) == "golden salt"
     assert texts(tab, ".card .id") == ["almby"]
+    tab.look("document.querySelector('#namespace select').value = ''")  # the answer stays
     tab.click(".card .edit")
     tab.wait("document.activeElement.name === 'text'")
     assert tab.look("document.activeElement.value") == reading.text("golden", "salt")
-    tab.click(".cancel")
+    write(tab, "[name=text]", reading.text("silver", "salt"))
+    tab.click(".save")
+    tab.wait("document.querySelector('.notice').textContent.startsWith('Saved')")
+    assert shown(towns, "almby", "acme") == reading.text("silver", "salt")
     for _ in range(2):
         tab.click(".delete")
     tab.wait("document.querySelector('.notice').textContent.startsWith('Deleted')")
-    assert texts(tab, "dialog li") == []
-    tab.look("document.querySelector('#namespace select').value = ''")
+    assert shown(towns, "almby", "acme") is None
     tab.press("Escape")
     assert ask(tab, reading.question("Almby")) == "amber barrels"
 

@@ -90,15 +90,15 @@ export class Drawer {
     this.find("ul").append(item);
   }
 
-  get(id, query) {
-    const path = documents(id, { namespace: this.namespace(), ...query });
+  get(id, query, namespace = this.namespace()) {
+    const path = documents(id, { ...query, namespace });
     return json("GET", path, undefined, this.reading.signal);
   }
 
-  async load(id, citation, edit = false) {
+  async load(id, citation, edit = false, namespace = citation?.namespace) {
     this.turn("article", id);
     this.find(".text").textContent = "";
-    const found = await this.get(id, citation && { namespace: citation.namespace });
+    const found = await this.get(id, {}, namespace);
     if (edit) this.edit(found);
     else this.show(found, citation);
   }
@@ -136,8 +136,11 @@ export class Drawer {
     this.fields[found.id ? "text" : "id"].focus();
   }
 
+  /** The namespace of what is open: a citation's may be another than the chosen one. */
+  home() { return this.document.namespace ?? this.namespace(); }
+
   /** What was typed is of one document: ids are of a namespace. */
-  key() { return JSON.stringify([this.namespace(), this.document.id]); }
+  key() { return JSON.stringify([this.home(), this.document.id]); }
 
   cancel() {
     this.drafts.delete(this.key());
@@ -154,12 +157,13 @@ export class Drawer {
     if (!this.document.id && (await this.exists(document.id))) {
       throw new Failure(0, `There is a document ${document.id} already. Open it to change it.`);
     }
-    const body = { documents: [document], namespace: this.namespace() };
+    const namespace = this.home();
+    const body = { documents: [document], namespace };
     const { rag2, chunks, unchanged } = await json("POST", "/v1/documents", body);
     this.drafts.delete(this.key());
     this.changed(rag2);
     if (signal.aborted) return; // the drawer shows something else by now
-    await this.load(document.id);
+    await this.load(document.id, undefined, false, namespace);
     this.say(unchanged ? "Nothing was different." : `Saved as version ${rag2.version}: ${chunks} passages.`);
   }
 
@@ -184,7 +188,7 @@ export class Drawer {
     if (!this.asked) return this.ask(true);
     this.ask(false);
     const { id } = this.document;
-    const { rag2 } = await json("DELETE", documents(id, { namespace: this.namespace() }));
+    const { rag2 } = await json("DELETE", documents(id, { namespace: this.home() }));
     this.changed(rag2);
     await this.list();
     this.find(".notice").textContent = `Deleted ${id}; this is version ${rag2.version}.`;

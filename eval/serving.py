@@ -111,11 +111,13 @@ def started(cfg: ServingConfig, name: str, cores: Sequence[int]) -> tuple[subpro
     command += [f"role={name}", f"export={cfg.export}"]
     command += [f"questions={cfg.questions}", f"max_new_tokens={cfg.max_new_tokens}"]
     command += [f"whole_lines={str(cfg.whole_lines).lower()}"]
+    os.sched_setaffinity(0, cores)  # which the server inherits, and takes the first of
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     os.sched_setaffinity(0, {cores[-1]})
     assert process.stdout is not None
     for line in process.stdout:
         if line.startswith("ready: "):
+            assert os.sched_getaffinity(process.pid) == {cores[0]}
             return process, int(line.rsplit(":", 1)[1])
     raise UserError(f"server {name!r} did not start: exit status {process.wait()}")
 
@@ -186,7 +188,7 @@ def serve_one(cfg: ServingConfig) -> None:
         serve_naively(cfg)
         return
     from rag2.serve.limits import Limits
-    from rag2.serve.server import Server, settle
+    from rag2.serve.server import Server, settled
     from rag2.serve.serving import Serving
 
     remembered = 0 if "nothing" in cfg.role else Limits().remembered
@@ -198,13 +200,8 @@ def serve_one(cfg: ServingConfig) -> None:
         rag.settings = rag.settings.model_copy(update={"stop": stop})
         return rag
 
-    server = Server(serving, loaded, "127.0.0.1", 0)
-
-    def ready() -> None:
-        settle()
-        print(f"ready: {server.address}", flush=True)  # noqa: T201
-
-    server.answer(ready)
+    server = Server(serving, lambda: settled(loaded()), "127.0.0.1", 0)
+    server.answer(lambda: print(f"ready: {server.address}", flush=True))  # noqa: T201
 
 
 def serve_naively(cfg: ServingConfig) -> None:

@@ -197,6 +197,8 @@ def test_what_prompts_of_one_passage_begin_with_is_worth_remembering(
     for question in questions:
         for reading in READINGS:
             (draft,) = system.drafts([Ask(question.question, reading=reading, k=30)])
+            (closed,) = system.drafts([Ask(question.question, "Be brief.\n", k=0)])
+            assert closed.prompts.heads[0] > 0
             prompts = draft.prompts
             if reading == "concat":
                 assert prompts.heads == [0]

@@ -57,6 +57,22 @@ def test_a_namespace_sees_nothing_of_the_others_not_even_in_its_scores(tmp_path,
             live.refresh()
 
 
+def test_a_view_knows_the_namespace_of_every_live_chunk(tmp_path, dice):
+    KnowledgeBase(tmp_path / "kb.sqlite", create=True).close()
+    spaces = ["", "a tenant", "another"]
+    with Live(tmp_path / "kb.sqlite", Embedder("c", 16, crowded), FLAT) as live:
+        for turn in range(12):
+            space = dice.choice(spaces)
+            ids = [f"{dice.randrange(20)}" for _ in range(9)]
+            live.put([Document(id, f"{id} in {turn}") for id in dict.fromkeys(ids)], LINES, space)
+            live.remove(set(dice.sample(ids, 2)), space)
+            dice.choice([live.refresh, live.compact, live.view])()
+            view = live.view()
+            for id, name in live._reader.alive().items():
+                assert view.namespace(id) == name
+                assert view.chunk(id).id == id
+
+
 def brute(live: Live, queries_BD: np.ndarray, space: str) -> np.ndarray:
     """Chunk ids of the five best of a namespace, by looking at everything in it."""
     chunks = [c for d in live._reader.documents(space) for c in live._reader.chunks_of(d.id, space)]

@@ -178,6 +178,7 @@ def test_a_namespace_is_asked_and_changed_alone(tab: Page, towns: str):
     tab.click(".save")
     tab.wait("document.querySelector('.notice').textContent.startsWith('Saved')")
     assert shown(towns, "almby", "acme") == reading.text("silver", "salt")
+    assert shown(towns, "almby", "") == reading.text("amber", "barrels")
     for _ in range(2):
         tab.click(".delete")
     tab.wait("document.querySelector('.notice').textContent.startsWith('Deleted')")

@@ -37,8 +37,12 @@ def test_a_small_answer_is_not_held_back_for_a_larger_packet(server: Server):
     with connected(server.address, 5) as line:
         line.sendall(request("GET", "/health"))
         assert Reader(line).next() is not None
-        (connection,) = server.server_state.connections
-        ours: socket.socket = connection.transport.get_extra_info("socket")  # pyright: ignore
+        transports = [c.transport for c in server.server_state.connections]  # pyright: ignore
+        (ours,) = (
+            transport.get_extra_info("socket")
+            for transport in transports
+            if transport.get_extra_info("peername") == line.getsockname()
+        )
         assert ours.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 

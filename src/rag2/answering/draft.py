@@ -54,7 +54,7 @@ class Prompts:
         texts = [one.text for one in built]
         contexts = encode_contexts(tokenizer, texts)
         cuts = [0] * len(built)
-        if len(read) == len(built):  # a passage comes again; a list of them hardly ever does
+        if len(read) < 2 or len(built) > 1:  # a passage comes again; a list of them hardly ever
             heads = encode_contexts(tokenizer, [one.text[: one.head] for one in built])
             cuts = [_shared(*pair) for pair in zip(contexts, heads, strict=True)]
         return cls(texts, contexts, cuts, read, len(chunks) - len(read))

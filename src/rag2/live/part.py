@@ -31,7 +31,8 @@ class Part:
     @classmethod
     def of(cls, index: Searcher, namespaces: Mapping[int, str]) -> Self:
         """`namespaces` of the live chunks; those of the index that it does not name are dead."""
-        names = [namespaces.get(id) for id in index.ids_N.tolist()]
+        one: dict[str | None, str] = {name: name for name in namespaces.values()}  # not one a row
+        names = [one.get(namespaces.get(id)) for id in index.ids_N.tolist()]
         rows: dict[str, list[int]] = {}
         for row, name in enumerate(names):
             if name is not None:

@@ -6,7 +6,6 @@ import logging
 import os
 import secrets
 import socket
-import sys
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -115,7 +114,7 @@ class Server(uvicorn.Server):
 def _listen(host: str, port: int) -> socket.socket:
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        # Named, or asyncio leaves Nagle's algorithm on: 40 ms more for every kept connection.
+        # Named, or asyncio leaves Nagle's algorithm on: 40 ms more a request.
         listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind((host, port))
@@ -125,13 +124,14 @@ def _listen(host: str, port: int) -> socket.socket:
     return listening
 
 
-def settle() -> None:
-    """Keep what is loaded for good: of a process that does nothing but serve.
+def settled(system: System) -> System:
+    """The same; what is loaded by now is kept for good, in a process that only serves.
 
-    A full collection walks through all of it, a million objects: .4 s in which nothing is read.
+    A full collection would walk through it, a million objects: .4 s in which nothing is read.
     """
     gc.collect()
     gc.freeze()
+    return system
 
 
 def token_for(given: str | None) -> str:
@@ -156,13 +156,12 @@ def serve(
     token: str | None,
     allowed: Sequence[str] = (),
 ) -> None:
-    """Answer until a signal ends it. Raises UserError as `Server` does."""
+    """Answer until a signal ends it, and the process with it. Raises UserError as `Server` does."""
     made = token_for(token)
     serving = Serving(Limits(hosts=hosts_of(host, allowed)), name, made)
-    server = Server(serving, load, host, port)
+    server = Server(serving, lambda: settled(load()), host, port)
 
     def tell() -> None:
-        settle()
         shown = server.address if token else f"{server.address}/#token={made}"
         with suppress(BrokenPipeError):
             print(f"ready: {shown}", flush=True)  # noqa: T201 (the command's output)
@@ -174,6 +173,4 @@ def serve(
         code = int(ended.code or 0)
     # All is closed: to free the libraries takes seconds more, and a thread may hang for ever.
     logging.shutdown()
-    with suppress(BrokenPipeError):
-        sys.stdout.flush()
     os._exit(code)

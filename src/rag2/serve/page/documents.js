@@ -157,10 +157,10 @@ export class Drawer {
     if (!this.document.id && (await this.exists(document.id))) {
       throw new Failure(0, `There is a document ${document.id} already. Open it to change it.`);
     }
-    const namespace = this.home();
+    const [namespace, key] = [this.home(), this.key()];
     const body = { documents: [document], namespace };
     const { rag2, chunks, unchanged } = await json("POST", "/v1/documents", body);
-    this.drafts.delete(this.key());
+    this.drafts.delete(key);
     this.changed(rag2);
     if (signal.aborted) return; // the drawer shows something else by now
     await this.load(document.id, undefined, false, namespace);

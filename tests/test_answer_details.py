@@ -16,6 +16,7 @@ from rag2.answering.ask import Answer, Ask, Citation, Place
 from rag2.answering.draft import drawer
 from rag2.answering.rag import Rag
 from rag2.answering.state import State
+from rag2.cli.ask import _cited
 from rag2.evaluation.questions import load_questions
 from rag2.registry import UserError
 from rag2.serve import replies
@@ -149,3 +150,12 @@ def test_a_state_is_bound_to_its_export_and_held_by_one(home: Path, tmp_path: Pa
     with pytest.raises(UserError, match="thesis.txt"):
         State(tmp_path / "mine", one)
     shutil.rmtree(tmp_path / "state")
+
+
+def test_the_command_names_the_namespace_of_a_cited_document():
+    lines = _cited(answer("x", [0.2, 0.5, 0.3], 1, 9))
+    assert [line.split("#")[-1].split()[:3] for line in lines] == [
+        ["a", "b/1", "[10:17]"],
+        ["k&:", "a", "b/2"],
+        ["a", "b/0", "[0:7]"],
+    ]

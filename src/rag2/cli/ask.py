@@ -71,6 +71,7 @@ def _cited(answer: "Answer") -> list[str]:
     for cited in order:
         share = "" if cited.posterior is None else f"{cited.posterior:6.1%}"
         bar = "#" * round(BAR * (cited.posterior or 0.0))
-        place = f"{cited.document} [{cited.start}:{cited.end}]"
+        space = f"{cited.namespace}: " if cited.namespace else ""
+        place = f"{space}{cited.document} [{cited.start}:{cited.end}]"
         lines.append(f"  {share:>6} {bar:<{BAR}} {place}  {cited.text[:80]!r}")
     return lines

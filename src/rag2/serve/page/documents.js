@@ -91,8 +91,7 @@ export class Drawer {
   }
 
   get(id, query, namespace = this.namespace()) {
-    const path = documents(id, { ...query, namespace });
-    return json("GET", path, undefined, this.reading.signal);
+    return json("GET", documents(id, { ...query, namespace }), undefined, this.reading.signal);
   }
 
   async load(id, citation, edit = false, namespace = citation?.namespace) {
@@ -138,7 +137,6 @@ export class Drawer {
 
   /** The namespace of what is open: a citation's may be another than the chosen one. */
   home() { return this.document.namespace ?? this.namespace(); }
-
   /** What was typed is of one document: ids are of a namespace. */
   key() { return JSON.stringify([this.home(), this.document.id]); }
 
@@ -153,13 +151,11 @@ export class Drawer {
 
   async save() {
     const document = { ...this.typed(), metadata: this.document.metadata };
-    const { signal } = this.reading;
+    const [{ signal }, namespace, key] = [this.reading, this.home(), this.key()];
     if (!this.document.id && (await this.exists(document.id))) {
       throw new Failure(0, `There is a document ${document.id} already. Open it to change it.`);
     }
-    const [namespace, key] = [this.home(), this.key()];
-    const body = { documents: [document], namespace };
-    const { rag2, chunks, unchanged } = await json("POST", "/v1/documents", body);
+    const { rag2, chunks, unchanged } = await json("POST", "/v1/documents", { documents: [document], namespace });
     this.drafts.delete(key);
     this.changed(rag2);
     if (signal.aborted) return; // the drawer shows something else by now

@@ -84,8 +84,7 @@ def main(cfg: ServingConfig) -> dict:
     with place.claimed(cfg) as out:
         for repeat in range(cfg.repeats):
             for name in SERVERS:
-                with_server = started(cfg, name, cores)
-                process, port = with_server
+                process, port = started(cfg, name, cores)
                 try:
                     for number, (reading, count) in enumerate(cases):
                         some = asked_in(asked, number, WARM + cfg.requests)

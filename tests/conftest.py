@@ -31,7 +31,7 @@ from rag2.retriever.encoder import DualEncoder, EncoderConfig
 from rag2.types import Chunk
 from rag2.worlds.almanac import Almanac
 from refreshes import Inline
-from small_world import SHAPE, roughen, tokenizer_of
+from small_world import SHAPE, roughen, start_models, tokenizer_of
 from texts import byte_level, word_pieces
 
 VOCABULARY = 400
@@ -97,10 +97,7 @@ def home(tmp_path_factory: pytest.TempPathFactory, almanac: Almanac) -> Path:
     home = tmp_path_factory.mktemp("home")
     inputs = pipeline.Inputs(world=almanac, home=str(home), vocabulary=VOCABULARY)
     pipeline.ensure(inputs, {"data"})
-    torch.manual_seed(0)
-    tokenizer = tokenizer_of(home)
-    build_llama(tokenizer, **SHAPE, max_positions=512).save(home / "generator")
-    DualEncoder.build(EncoderConfig(**SHAPE), tokenizer).save(home / "retriever")
+    start_models(home)
     return home
 
 

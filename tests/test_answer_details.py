@@ -120,6 +120,7 @@ def test_empty_questions_and_a_text_for_choices_are_refused(system: Rag):
     for call in (
         lambda: system.answer(" "),
         lambda: system.retrieve(""),
+        lambda: system.retrieve("a", k=0),  # a closed book retrieves nothing
         lambda: system.score("", ["a"]),
         lambda: system.score("a", "bc"),
     ):

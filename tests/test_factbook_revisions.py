@@ -12,12 +12,11 @@ import torch
 
 from rag2 import pipeline, stages
 from rag2.evaluation import moving, revision
-from rag2.generator.load import build_llama
 from rag2.kb.lexical import BM25
 from rag2.kb.store import KnowledgeBase
 from rag2.registry import UserError
 from rag2.retrieval import Dense, Lexical
-from rag2.retriever.encoder import DualEncoder, EncoderConfig
+from rag2.retriever.encoder import DualEncoder
 from rag2.types import Document, Question
 from rag2.worlds.factbook import Factbook
 from rag2.worlds.factbook_fields import key, mentions
@@ -25,7 +24,7 @@ from rag2.worlds.factbook_revisions import Later, revisions
 from small_factbook import HELD, write_editions
 from small_runs import Load
 from small_sweeps import in_this_process
-from small_world import SHAPE, tokenizer_of
+from small_world import start_models
 
 DATES = ["2021-01-01", "2023-01-26", "2024-01-25"]
 
@@ -133,10 +132,7 @@ def home(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("home")
     inputs = pipeline.Inputs(world=world(folder), home=str(home), vocabulary=400)
     pipeline.ensure(inputs, {"data"})
-    torch.manual_seed(0)
-    tokenizer = tokenizer_of(home)
-    build_llama(tokenizer, **SHAPE, max_positions=1024).save(home / "generator")
-    DualEncoder.build(EncoderConfig(**SHAPE), tokenizer).save(home / "retriever")
+    start_models(home, max_positions=1024)
     return home
 
 

@@ -15,13 +15,11 @@ from typing import Any, NoReturn
 import torch
 
 from rag2 import artifact, config, pipeline
-from rag2.generator.load import build_llama
 from rag2.reindex import live, process, store
 from rag2.reindex import worker as reindex_worker
-from rag2.retriever.encoder import DualEncoder, EncoderConfig
 from rag2.training import checkpoint, log
 from rag2.worlds.almanac import Almanac
-from small_world import SHAPE, tokenizer_of
+from small_world import start_models
 
 torch.set_num_threads(1)  # before the first fork: a pool of threads does not survive one
 
@@ -73,10 +71,7 @@ def make_home(home: Path) -> None:
     sizes: dict[str, Any] = {"train": 16, "validation": 16, "test": 16}
     world = Almanac(seed=0, **sizes, two_hop=8, paraphrases=1, pretrain_rows=150)
     pipeline.ensure(pipeline.Inputs(world=world, home=str(home), vocabulary=400), {"data"})
-    torch.manual_seed(0)
-    tokenizer = tokenizer_of(home)
-    build_llama(tokenizer, **SHAPE, max_positions=512).save(home / "generator")
-    DualEncoder.build(EncoderConfig(**SHAPE), tokenizer).save(home / "retriever")
+    start_models(home)
 
 
 def train(

@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch import nn
 
+from rag2.generator.load import build_llama
+from rag2.retriever.encoder import DualEncoder, EncoderConfig
 from rag2.training import checkpoint
 from rag2.types import Chunk, Question
 
@@ -18,6 +20,14 @@ def tokenizer_of(home: Path):
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(str(home / "data" / "tokenizer"))
+
+
+def start_models(home: Path, max_positions: int = 512) -> None:
+    """Generator and retriever of a home, always the same random weights."""
+    torch.manual_seed(0)
+    tokenizer = tokenizer_of(home)
+    build_llama(tokenizer, **SHAPE, max_positions=max_positions).save(home / "generator")
+    DualEncoder.build(EncoderConfig(**SHAPE), tokenizer).save(home / "retriever")
 
 
 def roughen(module: nn.Module, deviation: float) -> None:

@@ -2,13 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any, NamedTuple, Self, get_args
+from typing import Any, NamedTuple, Self
 
-from rag2.answering.settings import Reading
+from rag2.answering.settings import READINGS, Reading
 from rag2.registry import UserError, nearest
 from rag2.types import Chunk
-
-READINGS = get_args(Reading)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ import numpy as np
 
 from rag2.answering.ask import Ask, Citation, Hit, Place, needed
 from rag2.answering.exported import Exported
-from rag2.answering.settings import Reading, Settings
+from rag2.answering.settings import READINGS, Reading, Settings
 from rag2.answering.state import State
 from rag2.generator.mixture import log_prior
 from rag2.kb.chunk import Chunker, TokenChunker
@@ -37,7 +37,7 @@ class Parts(NamedTuple):
 class Library:
     """What every system over living documents shares; safe to use from several threads."""
 
-    readings: tuple[Reading, ...] = ("marginal", "token", "concat")
+    readings: tuple[Reading, ...] = READINGS
     """how the system can read chunks"""
 
     def __init__(
@@ -78,8 +78,8 @@ class Library:
     def retrieved(
         self, question: str, k: int | None = None, namespaces: Collection[str] | None = None
     ) -> tuple[list[Citation], View]:
-        """The same, and the state that was searched."""
-        k = Ask(question, k=k).k or self.settings.k
+        """The same, and the state that was searched; raises UserError for k below 1."""
+        k = needed([Ask(question, k=k)], self.settings.k)
         (hits,), view = self.search([question], k, namespaces)
         scores_K = np.array([hit.score for hit in hits])
         prior = log_prior(scores_K, self.settings.temperature).exp().tolist() if hits else []

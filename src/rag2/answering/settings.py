@@ -1,6 +1,6 @@
 """How a trained system answers: what an export's prompt.json says."""
 
-from typing import Literal
+from typing import Literal, get_args
 
 from pydantic import Field
 
@@ -8,6 +8,7 @@ from rag2.config import Config
 from rag2.generator.prompt import Prompt
 
 Reading = Literal["marginal", "token", "concat"]
+READINGS: tuple[Reading, ...] = get_args(Reading)
 FORMAT = "rag2.prompt/1"
 
 

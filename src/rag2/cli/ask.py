@@ -6,13 +6,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rag2.cli.terminal import status
-from rag2.registry import UserError, nearest
+from rag2.cli.terminal import one_of, status
+from rag2.registry import UserError
 
 if TYPE_CHECKING:
     from rag2.answering.ask import Answer
 
-READINGS = ("marginal", "token", "concat")
 BAR = 20  # characters of a posterior of 1
 
 
@@ -40,9 +39,9 @@ def ask(
       rag2 ask runs/demo "Where is Lillan Works located?"
       rag2 ask exports/almanac "When is Lollund Hill inundated?" --k 2 --json
     """
-    if reading is not None and reading not in READINGS:
-        near = nearest(reading, READINGS)
-        raise UserError(f"--reading {reading!r}; allowed: {', '.join(READINGS)}.{near}")
+    from rag2.answering.settings import READINGS
+
+    one_of("--reading", reading, READINGS)
     if not question.strip():
         raise UserError("QUESTION is empty")
     with status("loading") as shown:

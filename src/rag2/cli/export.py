@@ -5,13 +5,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rag2.cli.terminal import status
-from rag2.registry import UserError, nearest
+from rag2.cli.terminal import one_of, status
+from rag2.registry import UserError
 
 if TYPE_CHECKING:
     from rag2.export.source import Source
 
-READINGS = ("marginal", "token", "concat")
 ADAPTERS = ("merge", "keep")
 
 
@@ -65,13 +64,10 @@ def export(
     if len(paths) != len(names):
         form = f"rag2 export {'--from ' if parts else ''}{' '.join(names)}"
         raise UserError(f"{len(paths)} paths instead of {len(names)}: {form}")
-    for option, value, allowed in (
-        ("--adapters", adapters, ADAPTERS),
-        ("--reading", reading, READINGS),
-    ):
-        if value is not None and value not in allowed:
-            near = nearest(value, allowed)
-            raise UserError(f"{option} {value!r}; allowed: {', '.join(allowed)}.{near}")
+    from rag2.answering.settings import READINGS
+
+    one_of("--adapters", adapters, ADAPTERS)
+    one_of("--reading", reading, READINGS)
     if parts and results is not None:
         raise UserError("--results is of a run; a system --from parts is in no comparison of ours")
     *_, out = paths

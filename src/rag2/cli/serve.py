@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rag2.cli.ask import READINGS
-from rag2.registry import UserError, nearest
+from rag2.registry import UserError
 
 if TYPE_CHECKING:
     from rag2.answering.remote import System
@@ -117,9 +116,10 @@ def _called(path: Path) -> str:
 
 def _check(reading: str | None, url: str | None, model: str, dtype: str) -> None:
     """Raise UserError for options that say nothing, or do not go together."""
-    if reading is not None and reading not in READINGS:
-        near = nearest(reading, READINGS)
-        raise UserError(f"--reading {reading!r}; allowed: {', '.join(READINGS)}.{near}")
+    from rag2.answering.settings import READINGS
+    from rag2.cli.terminal import one_of
+
+    one_of("--reading", reading, READINGS)
     if url is None and model:
         raise UserError("--generator-model names a model at --generator-url, which is not given")
     if url is not None and dtype != "float32":

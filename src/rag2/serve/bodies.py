@@ -4,6 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
+from rag2.answering.settings import Reading
 from rag2.serve import limits
 
 
@@ -18,7 +19,6 @@ Namespaces = Annotated[list[Name], Field(max_length=limits.NAMESPACES)]
 Stop = Annotated[str, Field(min_length=1, max_length=64)]
 Whole = Annotated[int, BeforeValidator(whole)]
 K = Annotated[Whole, Field(ge=0, le=limits.K)]
-Reading = Literal["marginal", "token", "concat"]
 # What OpenAI's API has and this one has not: it is refused, not passed over in silence.
 ABSENT = {
     "audio", "function_call", "functions", "logit_bias", "modalities", "prediction",

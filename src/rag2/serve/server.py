@@ -81,7 +81,8 @@ class Server(uvicorn.Server):
         """
         threading.Thread(target=self._load, args=(when_ready,), daemon=True).start()
         try:
-            asyncio.run(self.serve(sockets=[self.socket]))
+            with asyncio.Runner(loop_factory=self.config.get_loop_factory()) as runner:
+                runner.run(self.serve(sockets=[self.socket]))
         finally:
             if self._rag is not None and not self.broken:
                 self._rag.close()

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from rag2.answering.settings import Reading
+from rag2.retriever.encoder import Side
 from rag2.serve import limits
 
 
@@ -163,6 +164,11 @@ class Rerank(Body):
     top_n: Whole | None = Field(default=None, ge=1, le=limits.INPUTS)
     return_documents: bool | None = None
 
+    @property
+    def texts(self) -> list[str]:
+        """What is ranked."""
+        return [given if isinstance(given, str) else given.text for given in self.documents]
+
 
 class Score(Options):
     """POST /v1/score."""
@@ -192,6 +198,11 @@ class Embeddings(Body):
     def texts(self) -> list[str]:
         """All of them."""
         return [self.input] if isinstance(self.input, str) else self.input
+
+    @property
+    def side(self) -> Side:
+        """What embeds them."""
+        return "question" if self.input_type == "query" else "chunk"
 
 
 class NewDocument(Ours):

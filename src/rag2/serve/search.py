@@ -3,6 +3,7 @@
 import base64
 import math
 import uuid
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from rag2.answering.remote import System
 from rag2.serve import documented, replies
 from rag2.serve.bodies import Embeddings, Rerank, Retrieve, Score
 from rag2.serve.errors import ApiError
@@ -40,17 +42,8 @@ def router(serving: Serving) -> APIRouter:
     @routes.post("/v1/rerank", responses=documented.json(documented.Ranking))
     async def rerank(body: Rerank, request: Request) -> Response:
         """Documents by relevance: p(document | query) among those given."""
-        rag = serving.rag
-        texts = [given if isinstance(given, str) else given.text for given in body.documents]
-
-        def ranked() -> list[float]:
-            embed = rag.live.view().embedder.embed
-            (query_D,), texts_ND = embed([body.query], "question"), embed(texts, "chunk")
-            scores_N = (texts_ND @ query_D).astype(np.float64) * rag.scale
-            scores_N = np.exp(scores_N - scores_N.max())
-            return (scores_N / scores_N.sum()).tolist()
-
-        scores = await serving.call(request, ranked)
+        rag, texts = serving.rag, body.texts
+        scores = await serving.call(request, lambda: shares(rag, body.query, texts))
         order = sorted(range(len(texts)), key=lambda i: (-scores[i], i))[: body.top_n]
         results: list[dict[str, Any]] = []
         for index in order:
@@ -69,34 +62,16 @@ def router(serving: Serving) -> APIRouter:
             request,
             lambda: rag.score(body.question, body.choices, body.k, body.reading, body.namespaces),
         )
-        highest = max(scored.logps)
-        weights = [math.exp(logp - highest) if logp > -math.inf else 0.0 for logp in scored.logps]
-        choices = [
-            {"index": i, "text": text, "logprob": replies.finite(logp), "probability": p}
-            for i, (text, logp, p) in enumerate(
-                zip(body.choices, scored.logps, [w / sum(weights) for w in weights], strict=True)
-            )
-        ]
         cited = [asdict(citation) for citation in scored.citations]
         said = {"object": "score", "question": body.question, "best": scored.best}
-        where = replies.where(scored.place)
-        return replies.Reply({**said, "choices": choices, "citations": cited, "rag2": where})
+        told = {"choices": choices(body.choices, scored.logps), "citations": cited}
+        return replies.Reply({**said, **told, "rag2": replies.where(scored.place)})
 
     @routes.post("/v1/embeddings", responses=documented.json(documented.Embedded))
     async def embeddings(body: Embeddings, request: Request) -> Response:
         """Embeddings of documents, or of queries with input_type=query."""
         rag = serving.rag
-        side = "question" if body.input_type == "query" else "chunk"
-
-        def embedded() -> tuple[np.ndarray, int]:
-            encoder = rag.live.view().embedder
-            if body.dimensions not in (None, encoder.dimension):
-                said = f"dimensions: this encoder has {encoder.dimension}"
-                raise ApiError(422, said, "dimensions", "dimensions")
-            read = rag.encoder.tokenize(body.texts, side)
-            return encoder.embed(body.texts, side), sum(map(len, read))
-
-        vectors_ND, tokens = await serving.call(request, embedded)
+        vectors_ND, tokens = await serving.call(request, lambda: embedded(rag, body))
         data = []
         for index, vector_D in enumerate(vectors_ND.astype("<f4")):
             packed: Any = vector_D.tolist()
@@ -108,3 +83,33 @@ def router(serving: Serving) -> APIRouter:
         return replies.Reply({"object": "list", "data": data, "model": model, "usage": used})
 
     return routes
+
+
+def shares(rag: System, query: str, texts: Sequence[str]) -> list[float]:
+    """p(text | query) of each text, among these."""
+    embed = rag.live.view().embedder.embed
+    (query_D,), texts_ND = embed([query], "question"), embed(texts, "chunk")
+    scores_N = (texts_ND @ query_D).astype(np.float64) * rag.scale
+    scores_N = np.exp(scores_N - scores_N.max())
+    return (scores_N / scores_N.sum()).tolist()
+
+
+def choices(texts: Sequence[str], logps: Sequence[float]) -> list[dict[str, Any]]:
+    """Each choice with its log p, in nats, and its probability among these."""
+    highest = max(logps)
+    weights = [math.exp(logp - highest) if logp > -math.inf else 0.0 for logp in logps]
+    total = sum(weights) or 1.0
+    return [
+        {"index": i, "text": text, "logprob": replies.finite(logp), "probability": w / total}
+        for i, (text, logp, w) in enumerate(zip(texts, logps, weights, strict=True))
+    ]
+
+
+def embedded(rag: System, body: Embeddings) -> tuple[np.ndarray, int]:
+    """Embeddings [N, D] of a request's texts, and how many tokens were read."""
+    encoder, side = rag.live.view().embedder, body.side
+    if body.dimensions not in (None, encoder.dimension):
+        said = f"dimensions: this encoder has {encoder.dimension}"
+        raise ApiError(422, said, "dimensions", "dimensions")
+    read = rag.encoder.tokenize(body.texts, side)
+    return encoder.embed(body.texts, side), sum(map(len, read))

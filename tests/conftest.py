@@ -129,7 +129,7 @@ def tokenizer(home: Path):
 @pytest.fixture
 def generator(tokenizer) -> Generator:
     """A small Llama with random weights."""
-    return build_llama(tokenizer, **SHAPE, max_positions=1024)
+    return build_llama(tokenizer, **SHAPE, max_positions=512)
 
 
 @pytest.fixture

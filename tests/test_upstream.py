@@ -112,8 +112,10 @@ def by_force(rag: Rag, question: str, stops: list[str]) -> tuple[str, float, lis
     for prompt in prompts:
         body = {"max_tokens": 12, "temperature": 0, "stop": stops}
         made, _, text, finish = server.written(tokenizer(prompt)["input_ids"], body)
-        whole, last = tokenizer.decode(made), tokenizer.decode(made[-1:])
-        end = next((stop for stop in stops if whole.startswith(stop, len(text))), last)
+        whole = tokenizer.decode(made, skip_special_tokens=True)
+        last = tokenizer.decode(made[-1:])
+        ends = [(whole.find(stop), number) for number, stop in enumerate(stops) if stop in whole]
+        end = stops[min(ends)[1]] if ends else last
         end = "" if finish == "length" else end
         total = np.logaddexp.reduce(prior_K + given(rag, prompts, text + end)[0])
         if total > best[0]:

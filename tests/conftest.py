@@ -133,8 +133,10 @@ def generator(tokenizer) -> Generator:
 
 
 @pytest.fixture
-def rag(tokenizer, generator: Generator) -> RagModel:
+def rag(tokenizer) -> RagModel:
     """Two towers and a Llama, all random, with posteriors that differ from chunk to chunk."""
+    # Room for four of the longest chunks and their question.
+    generator = build_llama(tokenizer, **SHAPE, max_positions=1024)
     encoder = DualEncoder.build(EncoderConfig(towers="two", **SHAPE), tokenizer)
     for model in (encoder.towers, generator.model):
         roughen(model, 0.1)

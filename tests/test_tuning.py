@@ -56,7 +56,7 @@ models = pytest.mark.parametrize("make", [causal_lm, text_encoder])
 
 @models
 def test_lora_starts_as_the_base_and_merged_equals_unmerged(make):
-    model, ids, lora = make(), torch.randint(50, (3, 9)), LoRA(rank=4)
+    model, ids, lora = make().double(), torch.randint(50, (3, 9)), LoRA(rank=4)
     before = model(input_ids=ids)[0].detach()
     adapted: Any = lora.apply(model)
     torch.testing.assert_close(adapted(input_ids=ids)[0], before)

@@ -46,7 +46,8 @@ def text_encoder():
 def train(model, steps=3):
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.05)
     for _ in range(steps):
-        model(input_ids=torch.randint(50, (4, 8)))[0].square().mean().backward()
+        # Cubes: the mean square of what a LayerNorm gives is the same for all weights.
+        model(input_ids=torch.randint(50, (4, 8)))[0].pow(3).mean().backward()
         optimizer.step()
         optimizer.zero_grad()
 

@@ -1,5 +1,6 @@
 """One bad request, one client that leaves, one failing thread: the others get their answers."""
 
+import asyncio
 import gc
 import logging
 import socket
@@ -22,6 +23,7 @@ from rag2.answering.rag import Rag
 from rag2.evaluation.questions import load_questions
 from rag2.generator.mixture import Mixtures
 from rag2.registry import UserError
+from rag2.serve import refusal
 from rag2.serve.engine import Engine
 from rag2.serve.limits import Limits
 from rag2.serve.refusal import Refusal
@@ -227,6 +229,20 @@ def test_a_refusal_on_the_short_way_is_the_one_of_the_long_way(system: Rag, ques
                 got = reader.next()
                 assert got is not None and got.status == status
         slow.go.set()
+
+
+def test_the_event_loop_rests_once_for_all_that_is_refused_in_one_go(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    rests: list[float] = []
+    monkeypatch.setattr(refusal, "sleep", rests.append)
+    loop, refused = asyncio.new_event_loop(), Refusal(Serving(Limits(), "a", "b"))
+    for count in (10, 1):
+        for _ in range(count):
+            refused.rest(loop)
+        loop.run_until_complete(asyncio.sleep(0))
+    loop.close()
+    assert rests == [refusal.REST] * 2
 
 
 def test_a_signal_ends_the_server_when_all_that_it_took_is_answered(

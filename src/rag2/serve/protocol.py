@@ -7,7 +7,6 @@ as long; uvicorn itself lets both hang for ever. (h11, not httptools, whose buff
 import asyncio
 import socket
 import struct
-from collections.abc import Callable
 from typing import Any
 
 import h11
@@ -16,13 +15,14 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from rag2.serve.errors import ApiError
 from rag2.serve.guard import encoded, too_long
 from rag2.serve.limits import Limits
+from rag2.serve.refusal import Refusal
 
 
 class Impatient(H11Protocol):
-    """A connection with these limits; `refused` answers what there is no room for."""
+    """A connection with these limits; `refusal` answers what there is no room for."""
 
     limits: Limits
-    refused: Callable[[bytes], bytes | None]
+    refusal: Refusal
     _reading: asyncio.TimerHandle | None = None
     _writing: asyncio.TimerHandle | None = None
 
@@ -38,9 +38,10 @@ class Impatient(H11Protocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        if self._fresh() and (response := self.refused(data)) is not None:
+        if self._fresh() and (response := self.refusal.of(data)) is not None:
             self.transport.write(response)
             self.on_response_complete()
+            self.refusal.rest(self.loop)
             return
         super().data_received(data)
         if not self.transport.is_closing():
@@ -118,6 +119,6 @@ class Impatient(H11Protocol):
         self._reading = self._writing = None
 
 
-def protocol(limits: Limits, refused: Callable[[bytes], bytes | None]) -> type[H11Protocol]:
+def protocol(limits: Limits, refusal: Refusal) -> type[H11Protocol]:
     """The class of a server's connections, as uvicorn wants it: it makes them itself."""
-    return type("Connection", (Impatient,), {"limits": limits, "refused": staticmethod(refused)})
+    return type("Connection", (Impatient,), {"limits": limits, "refusal": refusal})

@@ -38,7 +38,7 @@ class Server(uvicorn.Server):
         self._rag: System | None = None
         config = uvicorn.Config(
             build(serving),
-            http=protocol(serving.limits, Refusal(serving).of),
+            http=protocol(serving.limits, Refusal(serving)),
             ws="none",
             lifespan="off",
             log_config=None,

@@ -245,6 +245,20 @@ def test_the_event_loop_rests_once_for_all_that_is_refused_in_one_go(
     assert rests == [refusal.REST] * 2
 
 
+@pytest.mark.parametrize("streamed", [True, False])
+def test_pieces_are_told_of_what_is_streamed_alone(
+    system: Rag, questions: list[str], streamed: bool
+):
+    told: list[Any] = []
+    engine = Engine(system, Limits())
+    until = time.monotonic() + 60
+    engine.submit([Work(Ask(questions[0], max_new_tokens=12), told.append, until, streamed)])
+    assert engine.close(30)
+    *pieces, answer = told
+    assert answer.text == system.answer(questions[0], max_new_tokens=12).text
+    assert "".join(pieces) == (answer.text if streamed else "")
+
+
 def test_a_signal_ends_the_server_when_all_that_it_took_is_answered(
     opened: Any, system: Rag, questions: list[str]
 ):

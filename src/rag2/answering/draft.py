@@ -102,12 +102,11 @@ class Draft:
     def take(self, logp_V: Tensor) -> int | None:
         """The next token by its distribution; None where the answer ends before it."""
         token = self._draw(logp_V)
-        if token in self.ends or self._text.ends_before(token):
+        if token in self.ends or not self._text.add(token):
             self.finish = "stop"
             return None
         self.ids.append(token)
         self.logps.append(float(logp_V[token]))
-        self._text.add(token)
         if self._text.ended:
             self.finish = "stop"
         elif len(self.ids) == self.most:

@@ -14,27 +14,24 @@ class Text:
         self.ended = False
         self._done = ""
         self._before: list[int] = []  # the last tokens of `done`: a token's text depends on them
+        self._known = 0  # characters of these
         self._open: list[int] = []  # tokens that end within a character
         self._told = 0
 
-    def ends_before(self, token: int) -> bool:
-        """Whether this token completes a stop and adds nothing; the text is then at its end."""
-        text = self._raw([*self._open, token])
-        at = self._first_stop(text)
-        if at is None or len(text[:at].rstrip()) > len(self._raw(self._open).rstrip()):
-            return False
-        self._done, self._open, self.ended = text[:at], [], True
-        return True
-
-    def add(self, token: int) -> None:
-        """Append a token."""
-        self._open.append(token)
-        text = self._raw(self._open)
+    def add(self, token: int) -> bool:
+        """Append a token; False for one that completes a stop and adds nothing before it."""
+        tokens = [*self._open, token]
+        text = self._raw(tokens)
         at = self._first_stop(text)
         if at is not None:
+            more = len(text[:at].rstrip()) > len(self._raw(self._open).rstrip())
             self._done, self._open, self.ended = text[:at], [], True
-        elif not text.endswith(BROKEN):
-            self._done, self._before, self._open = text, self._open, []
+            return more
+        self._open = tokens
+        if not text.endswith(BROKEN):
+            self._done, self._before, self._open = text, tokens, []
+            self._known = len(self._decoded(tokens))
+        return True
 
     def whole(self) -> str:
         """The text so far."""
@@ -51,10 +48,10 @@ class Text:
     def _raw(self, tokens: Sequence[int]) -> str:
         if not tokens:
             return self._done
-        both = [*self._before, *tokens]
-        decode = self.tokenizer.decode
-        known = len(decode(self._before, skip_special_tokens=True))
-        return self._done + decode(both, skip_special_tokens=True)[known:]
+        return self._done + self._decoded([*self._before, *tokens])[self._known :]
+
+    def _decoded(self, tokens: Sequence[int]) -> str:
+        return self.tokenizer.decode(tokens, skip_special_tokens=True)
 
     def _first_stop(self, text: str) -> int | None:
         longest = max(map(len, self.stops), default=0)

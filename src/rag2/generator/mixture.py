@@ -71,7 +71,7 @@ class Mixtures:
     def next(self) -> list[Tensor]:
         """log p(next token | x, y_<t) in nats [V], float64, of each live answer."""
         return [
-            (rearrange(mixture.log_weights_S, "s -> s 1") + logp_SV.double().cpu()).logsumexp(0)
+            _voted(mixture.log_weights_S, logp_SV)
             for mixture, logp_SV in zip(self.live, self._split(), strict=True)
         ]
 
@@ -105,6 +105,13 @@ class Mixtures:
 
     def _split(self) -> tuple[Tensor, ...]:
         return self._logp_RV.split([len(mixture.contexts) for mixture in self.live])
+
+
+def _voted(log_weights_S: Tensor, logp_SV: Tensor) -> Tensor:
+    """log sum_s w_s p_s [V] in float64."""
+    if len(logp_SV) == 1:  # its weight is 1
+        return logp_SV[0].double().cpu()
+    return (rearrange(log_weights_S, "s -> s 1") + logp_SV.double().cpu()).logsumexp(0)
 
 
 def log_prior(scores_K: np.ndarray, temperature: float) -> Tensor:

@@ -18,6 +18,7 @@ from transformers.cache_utils import DynamicLayer
 
 from rag2.generator.head import Model, Rows, logits_at
 from rag2.generator.pairs import Ids, every_row, pad, place, virtual_tokens
+from rag2.generator.room import Roomy
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +32,10 @@ class Past:
     def nothing(cls, model: Model, rows: int) -> "Past":
         """Rows of which the model has read no token yet."""
         mask_RP = torch.zeros(rows, 0, dtype=torch.long, device=place(model))
-        return cls(DynamicCache(config=model.config), mask_RP)
+        cache = DynamicCache(config=model.config)
+        layers: list[Any] = [Roomy() if type(one) is DynamicLayer else one for one in cache.layers]
+        cache.layers = layers
+        return cls(cache, mask_RP)
 
     @classmethod
     def joined(cls, pasts: Sequence["Past"]) -> "Past":

@@ -131,7 +131,7 @@ async def whole(
                 found[number] = (said, replies.made(work, said, total))
         return [found[number] for number in range(len(asks))]
 
-    events = serving.events(asks)
+    events = serving.events(asks, streamed=False)
     try:
         pairs = await unless_gone(request, gathered())
     finally:
@@ -151,7 +151,8 @@ def streamed(
     first: Sequence[dict[str, Any]],
 ) -> Response:
     """Pieces as they are certain; citations come with the last one of each choice."""
-    events = serving.events(asks)  # while there is still a status to say an error with
+    # Here, while there is still a status to say an error with.
+    events = serving.events(asks, streamed=True)
     with_usage = bool(body.stream_options and body.stream_options.include_usage)
 
     async def pieces() -> AsyncIterator[bytes]:

@@ -227,7 +227,7 @@ class Engine:
         if work.first is None:
             work.first = time.monotonic() - work.began
         try:
-            piece = draft.news()
+            piece = draft.news() if work.streamed else ""
             answer = draft.answer() if draft.finish else None
         except Exception as error:
             work.tell(told(error))

@@ -23,8 +23,8 @@ class Events:
     The asks are taken when this is made, all or none, and given up by `close`.
     """
 
-    def __init__(self, engine: Engine | Relay, asks: Sequence[Ask]) -> None:
-        """Raises ApiError as Engine.submit."""
+    def __init__(self, engine: Engine | Relay, asks: Sequence[Ask], streamed: bool) -> None:
+        """Without pieces where it is not `streamed`. Raises ApiError as Engine.submit."""
         self._engine, loop = engine, asyncio.get_running_loop()
         self._told = asyncio.Queue[tuple[int, Any]]()
         until = time.monotonic() + engine.limits.deadline
@@ -32,7 +32,7 @@ class Events:
         def tell(number: int) -> Callable[[Any], None]:
             return lambda event: pass_on(loop, self._told, (number, event))
 
-        self.works = [Work(ask, tell(number), until) for number, ask in enumerate(asks)]
+        self.works = [Work(ask, tell(number), until, streamed) for number, ask in enumerate(asks)]
         engine.submit(self.works)
 
     async def __aiter__(self) -> AsyncIterator[Event]:

@@ -172,7 +172,8 @@ class Relay:
         def tell(piece: str) -> None:
             if work.first is None:
                 work.first = time.monotonic() - work.began
-            work.tell(piece)
+            if work.streamed:
+                work.tell(piece)
 
         answer: Answer = await self.rag.written(plan, tell)
         return answer

@@ -97,9 +97,9 @@ class Serving:
             raise draining()
         self.engine.check_room(count)
 
-    def events(self, asks: Sequence[Ask]) -> Events:
+    def events(self, asks: Sequence[Ask], streamed: bool) -> Events:
         """Answers as they are made; taken at once, or ApiError as `check_room`."""
-        return Events(self.engine, asks)
+        return Events(self.engine, asks, streamed)
 
     async def call(self, request: Request, call: Callable[[], Any]) -> Any:
         """The result of a call that reads a model, made by the engine in its turn."""

@@ -4,6 +4,7 @@ import random
 import shutil
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -114,6 +115,17 @@ def test_a_wrong_wish_is_told_in_a_line(system: Rag, wrong: dict):
     with pytest.raises(UserError, match=next(iter(wrong))) as told:
         system.answer("Who?", **wrong)
     assert "\n" not in str(told.value)
+
+
+def test_tokens_are_told_with_their_places_in_the_text_and_their_bytes():
+    tokens = (" K", "ir", "<s>", "ro\N{REPLACEMENT CHARACTER}", "\N{REPLACEMENT CHARACTER}", " ir")
+    made = replace(answer("Kirro\u00e9 ir", [1.0], 6, 9), tokens=tokens)
+    places = replies.completion_logprobs(made)["text_offset"]
+    assert places == [0, 1, 3, 3, 3, 6]
+    told = [one["bytes"] for one in replies.chat_logprobs(made)["content"]]
+    assert told == [
+        [*token.encode()] if "\N{REPLACEMENT CHARACTER}" not in token else None for token in tokens
+    ]
 
 
 def test_empty_questions_and_a_text_for_choices_are_refused(system: Rag):

@@ -1,8 +1,9 @@
 """Answers of a system over a living knowledge base: what they cite, and what they agree with."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from rag2.answering.text import Text
 from rag2.evaluation import score
 from rag2.evaluation.arms import Found, Reader, evaluate
 from rag2.evaluation.questions import load_questions
-from rag2.generator.mixture import forced
+from rag2.generator.mixture import Mixture, Mixtures
 from rag2.generator.pairs import encode_pairs
 from rag2.generator.prompt import Prompt
 from rag2.kb.store import KnowledgeBase
@@ -71,6 +72,17 @@ def test_the_logp_of_an_answer_is_its_score_as_a_choice(
             stem = system.settings.prompt.context(question.question, [], tokenizer).text
             ((_, ids),) = encode_pairs(tokenizer, [(stem, f" {choice}")])
             assert sum(forced(model, draft.mixture, ids)) == pytest.approx(expected, abs=1e-4)
+
+
+def forced(model: Any, mixture: Mixture, tokens: Sequence[int]) -> list[float]:
+    """log p of each of these tokens as the mixture writes them."""
+    mixtures, steps = Mixtures(model), []
+    mixtures.add([mixture])
+    for at, token in enumerate(tokens):
+        (logp_V,) = mixtures.next()
+        steps.append(float(logp_V[token]))
+        mixtures.go_on([token], [at == len(tokens) - 1])
+    return steps
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

@@ -138,3 +138,23 @@ def test_what_is_remembered_stays_within_its_bytes_and_is_read_once(dice: random
     for start in range(9):
         small.add([Mixture([[start + 10] * 9], torch.zeros(1).double(), heads=[8])])
         assert small._running.heads.bytes <= 3000  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_equal_contexts_are_read_once_and_written_on_apart(dice: random.Random, tmp_path):
+    model = build("llama", tmp_path, small_tokenizer()).double()
+    made, reads = mixture(dice), list[int]()
+    copies = [again(made) for _ in range(3)]
+    model.register_forward_pre_hook(
+        lambda _, args, kwargs: reads.append(kwargs["input_ids"].shape[0]), with_kwargs=True
+    )
+    mixtures = Mixtures(model)
+    mixtures.add(copies)
+    assert sum(reads) == len({tuple(ids) for ids in made.contexts})
+    mixtures.next()
+    mixtures.go_on([5, 6, 7], [False] * 3)
+    for token, logp_V in zip((5, 6, 7), mixtures.next(), strict=True):
+        alone = Mixtures(model)
+        alone.add([again(made)])
+        alone.next()
+        alone.go_on([token], [False])
+        torch.testing.assert_close(logp_V, alone.next()[0], atol=1e-9, rtol=0)

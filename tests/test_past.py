@@ -4,6 +4,8 @@ import random
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import DynamicCache
 
 from rag2.generator.past import Past, shares_past
 from small_models import CONFIGS, build, small_tokenizer
@@ -48,3 +50,13 @@ def test_tokens_that_come_one_at_a_time_are_written_into_room_that_is_there(
             _, past = past.read(model, [[dice.randrange(3, 300)] for _ in range(2)])
             places.add(past.cache.layers[0].keys.data_ptr())  # pyright: ignore
     assert len(places) == 1
+
+
+def test_rows_are_taken_on_the_device_where_they_are():
+    index_R = torch.tensor([1, 0, 1])
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        cache = DynamicCache()
+        states = torch.zeros(2, 3, 4, 5, device="cuda")
+        cache.update(states, states, 0)
+        past = Past(cache, torch.ones(2, 4, device="cuda")).take(index_R)
+        assert past.mask_RP.device.type == "cuda" and len(past) == 3

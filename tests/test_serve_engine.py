@@ -387,7 +387,7 @@ def test_a_system_that_cannot_be_loaded_is_never_ready_but_alive():
     assert "manifest" in str(failed[0]) and serving.state() == "failed"
 
 
-def _until(true: Any, seconds: float = 5) -> None:
+def _until(true: Any, seconds: float = 20) -> None:
     end = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < end, "it did not come to that"

@@ -10,11 +10,12 @@ import pytest
 import serve_faults
 import storm_limits
 from rag2.answering.rag import Rag
+from rag2.registry import UserError
 from rag2.serve import server as module
 from rag2.serve.errors import ApiError
 from rag2.serve.guard import check_json
 from rag2.serve.limits import Limits
-from rag2.serve.server import Server
+from rag2.serve.server import Server, hosts_of
 from small_systems import served, small_system
 from wire import Reader, asked, check_error, connected, exchange, request
 
@@ -127,3 +128,30 @@ def test_the_slow_are_found_where_nothing_closes_them(
         slow.start()
         slow.join()
         assert len(slow.left) >= 4
+
+
+OURS = {"localhost", "127.0.0.1", "[::1]"}
+
+
+@pytest.mark.parametrize(
+    "host", ["127.0.0.1", "LOCALHOST", "127.1.2.3", "::1", "0:0:0:0:0:0:0:1", "::ffff:127.0.0.1"]
+)
+def test_a_loopback_address_has_names_of_its_own_however_it_is_written(host: str):
+    names = hosts_of(host, ["MyBox"])
+    assert OURS < {*names} and "mybox" in names and names == [name.lower() for name in names]
+
+
+def test_other_addresses_have_the_names_that_are_given_or_any():
+    assert hosts_of("0.0.0.0", []) == hosts_of("::", []) == []
+    assert hosts_of("0.0.0.0", ["Box.example"]) == ["box.example"]
+    with pytest.raises(UserError, match="--host 'no host at all'"):
+        hosts_of("no host at all", [])
+
+
+def test_a_name_that_was_allowed_is_known_in_any_case(system: Rag):
+    with served(system, Limits(hosts=hosts_of("127.0.0.1", ["MyBox"]))) as server:
+        for name, status in (("MYBOX:80", 200), ("mybox", 200), ("yourbox", 400)):
+            with connected(server.address, 5) as line:
+                line.sendall(b"GET /health HTTP/1.1\r\nhost: %s\r\n\r\n" % name.encode())
+                got = Reader(line).next()
+                assert got is not None and got.status == status

@@ -34,10 +34,22 @@ class Prompts:
     dropped: int
 
     @classmethod
-    def of(cls, ask: Ask, chunks: Sequence[Chunk], settings: Settings, tokenizer: Any) -> "Prompts":
-        """Raises UserError for a question that does not even fit alone."""
+    def of(
+        cls,
+        ask: Ask,
+        chunks: Sequence[Chunk],
+        settings: Settings,
+        tokenizer: Any,
+        wanted: int,
+        limit: int | None,
+    ) -> "Prompts":
+        """Passages are dropped to leave `wanted` of the model's `limit` positions to the answer.
+
+        Raises UserError for a question that does not even fit alone.
+        """
         prompt, passages = settings.prompt, [chunk.passage for chunk in chunks]
         header = prompt.header() + ask.header
+        prompt = prompt.leaving(wanted, limit, ask.question, tokenizer, header=header)
         if len(header) + len(ask.question) > prompt.budget:
             # What does not fit alone is refused at once: not once for each of its passages.
             prompt.context(ask.question, [], tokenizer, header=header, name=CALLED)
@@ -83,8 +95,10 @@ class Draft:
         self.ends = ends_of(generator.model, generator.tokenizer)
         self.stops = (*settings.stop, *ask.stop)
         reading = ask.reading or settings.reading
-        self.prompts = Prompts.of(ask, [hit.chunk for hit in found], settings, self.tokenizer)
-        self.most = room(positions(generator.model), self.prompts, ask, settings)
+        chunks, limit = [hit.chunk for hit in found], positions(generator.model)
+        wanted = ask.max_new_tokens or settings.max_new_tokens
+        self.prompts = Prompts.of(ask, chunks, settings, self.tokenizer, wanted, limit)
+        self.most = room(limit, self.prompts, ask, settings)
         scores_S = np.array([found[at].score for at in self.prompts.read], dtype=np.float64)
         apart = reading != "concat" and self.prompts.read
         weights_S = log_prior(scores_S, settings.temperature) if apart else torch.zeros(1).double()

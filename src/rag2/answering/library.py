@@ -89,16 +89,17 @@ class Library:
         """What each finds and in which state; nothing where k = 0."""
         nothing: tuple[list[Hit], View] = ([], self.live.view())
         results = [nothing for _ in asks]
-        groups: dict[tuple[str, ...] | None, list[int]] = {}
+        # By k, too: an index that is not exact finds other chunks where more are wanted.
+        groups: dict[tuple[tuple[str, ...] | None, int | None], list[int]] = {}
         for number, ask in enumerate(asks):
             if ask.k != 0:
-                groups.setdefault(ask.namespaces, []).append(number)
-        for namespaces, numbers in groups.items():
+                groups.setdefault((ask.namespaces, ask.k), []).append(number)
+        for (namespaces, _), numbers in groups.items():
             some = [asks[number] for number in numbers]
-            most = needed(some, self.settings.k)
-            found, view = self.search([ask.question for ask in some], most, namespaces)
-            for number, ask, row in zip(numbers, some, found, strict=True):
-                results[number] = (row[: self.settings.k if ask.k is None else ask.k], view)
+            k = needed(some, self.settings.k)
+            found, view = self.search([ask.question for ask in some], k, namespaces)
+            for number, row in zip(numbers, found, strict=True):
+                results[number] = (row, view)
         return results
 
     def search(

@@ -113,10 +113,11 @@ class Remote(Library):
         """Search and make the prompts. Raises UserError for what this system cannot do."""
         reading = self._reading(ask)
         ((found, view),) = self.searched([ask])
-        prompts = Prompts.of(
-            ask, [hit.chunk for hit in found], self.settings, self.lexicon.tokenizer
-        )
-        most = room(self._positions, prompts, ask, self.settings)
+        chunks, limit = [hit.chunk for hit in found], self._positions
+        wanted = ask.max_new_tokens or self.settings.max_new_tokens
+        tokenizer = self.lexicon.tokenizer
+        prompts = Prompts.of(ask, chunks, self.settings, tokenizer, wanted, limit)
+        most = room(limit, prompts, ask, self.settings)
         apart = reading == "marginal" and len(prompts.texts) > 1
         scores_S = np.array([found[at].score for at in prompts.read], dtype=np.float64)
         stops = (*self.settings.stop, *ask.stop)

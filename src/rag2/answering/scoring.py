@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import numpy as np
+from einops import rearrange
 
 from rag2.answering.ask import Ask, Hit
 from rag2.answering.draft import CALLED, Prompts
@@ -10,8 +11,9 @@ from rag2.answering.settings import Settings
 from rag2.evaluation import score
 from rag2.evaluation.arms import Found, Reader, evaluate
 from rag2.generator.load import Generator
-from rag2.generator.mixture import Mixture, forced, log_prior
-from rag2.generator.pairs import encode_pairs
+from rag2.generator.mixture import log_prior
+from rag2.generator.pairs import encode_pairs, positions
+from rag2.generator.steps import step_logprobs
 from rag2.registry import UserError
 from rag2.types import Question
 
@@ -47,7 +49,11 @@ def _by_harness(
     question = Question(CALLED, ask.question, tuple(choices), answer=0)
     header = settings.prompt.header() + ask.header
     by_id = {hit.chunk.id: hit.chunk for hit in hits}
-    reader = Reader(generator, settings.prompt, by_id, headers={question.id: header})
+    tokenizer, limit = generator.tokenizer, positions(generator.model)
+    labels = settings.prompt.continuations(choices)
+    longest = max(len(tokenizer.encode(label, add_special_tokens=False)) for label in labels)
+    prompt = settings.prompt.leaving(longest, limit, ask.question, tokenizer, choices, header)
+    reader = Reader(generator, prompt, by_id, headers={question.id: header})
     scores_QK = np.array([[hit.score for hit in hits]], dtype=np.float64)
     ids_QK = np.array([[hit.chunk.id for hit in hits]], dtype=np.int64)
     together = reading == "concat" and len(hits) > 1
@@ -71,17 +77,21 @@ def _by_token(
     generator: Generator, settings: Settings, ask: Ask, hits: Sequence[Hit], choices: Sequence[str]
 ) -> Likelihoods:
     """By weights that stand still from token to token."""
-    tokenizer = generator.tokenizer
-    prompts = Prompts.of(ask, [hit.chunk for hit in hits], settings, tokenizer)
+    tokenizer, limit = generator.tokenizer, positions(generator.model)
     header = settings.prompt.header() + ask.header
     stem = settings.prompt.context(ask.question, [], tokenizer, header=header).text
+    pairs = [(stem, choice) for choice in settings.prompt.continuations(choices)]
+    continuations = [ids for _, ids in encode_pairs(tokenizer, pairs)]
+    longest = max(map(len, continuations))
+    chunks = [hit.chunk for hit in hits]
+    prompts = Prompts.of(ask, chunks, settings, tokenizer, longest, limit)
     scores_S = np.array([hits[at].score for at in prompts.read])
-    weights_S = log_prior(scores_S, settings.temperature)
-    logps, made = [], []
-    for choice in settings.prompt.continuations(choices):
-        ((_, ids),) = encode_pairs(tokenizer, [(stem, choice)])
-        made.append(Mixture(prompts.contexts, weights_S, moving=False))
-        logps.append(sum(forced(generator.model, made[-1], ids)))
+    prior_S1 = rearrange(log_prior(scores_S, settings.temperature), "s -> s 1")
+    joint = [
+        prior_S1 + logp_ST
+        for logp_ST in step_logprobs(generator.model, prompts.contexts, continuations)
+    ]
+    logps = [float(joint_ST.logsumexp(0).sum()) for joint_ST in joint]
     best = max(range(len(logps)), key=logps.__getitem__)
-    shares = dict(zip(prompts.read, made[best].posterior(), strict=True))
+    shares = dict(zip(prompts.read, joint[best].softmax(0).mean(1).tolist(), strict=True))
     return logps, [shares.get(at, 0.0) for at in range(len(hits))]

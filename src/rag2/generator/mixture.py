@@ -117,14 +117,3 @@ def _voted(log_weights_S: Tensor, logp_SV: Tensor) -> Tensor:
 def log_prior(scores_K: np.ndarray, temperature: float) -> Tensor:
     """log p(z|x) of the chunks read, from their retrieval scores, in float64 [K]."""
     return (torch.from_numpy(scores_K.astype(np.float64)) / temperature).log_softmax(0)
-
-
-def forced(model: Model, mixture: Mixture, tokens: Sequence[int]) -> list[float]:
-    """log p(y_t | x, y_<t) in nats of each of these tokens; the mixture is used up."""
-    mixtures, steps = Mixtures(model), []
-    mixtures.add([mixture])
-    for at, token in enumerate(tokens):
-        (logp_V,) = mixtures.next()
-        steps.append(float(logp_V[token]))
-        mixtures.go_on([token], [at == len(tokens) - 1])
-    return steps

@@ -64,8 +64,9 @@ class Past:
 
     def take(self, index_R: Tensor) -> "Past":
         """A copy of the rows at `index_R`, in its order; a row may be taken several times."""
+        index_R = index_R.to(self.mask_RP.device)
         cache = _edited(self.cache, lambda at, kind: _rows(self._states(at, kind), index_R))
-        return Past(cache, self.mask_RP[index_R])
+        return Past(cache, self.mask_RP.index_select(0, index_R))
 
     def trimmed(self) -> "Past":
         """The same without the positions that are padding in every row."""

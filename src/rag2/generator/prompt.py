@@ -65,6 +65,28 @@ class Prompt(Config):
             f"{'take fewer worked examples, ' * bool(header)}or shorten the question"
         )
 
+    def leaving(
+        self,
+        tokens: int,
+        limit: int | None,
+        question: str,
+        tokenizer: Any,
+        choices: Sequence[str] = (),
+        header: str = "",
+    ) -> "Prompt":
+        """The same with a budget that leaves room for so many tokens among `limit` positions.
+
+        For one token at least where the bare question has no room for more; itself if not for that.
+        """
+        if limit is None:
+            return self
+        for least in (tokens, 1):
+            most = max(1, min(self.budget, limit - least + 1))  # the last token is never read
+            tight = self.model_copy(update={"budget": most})
+            if tight._fits(header + self._stem(question, choices), tokenizer):
+                return tight
+        return self
+
     def header(self, subject: str = "", examples: Sequence[Question] = ()) -> str:
         """The description, then each worked example with its answer and an empty line."""
         described = self.description.replace("{subject}", subject.replace("_", " "))

@@ -89,12 +89,16 @@ class Cached(Running):
         self.heads, self.past = heads, Past.nothing(model, 0)
 
     def add(self, contexts: Sequence[Ids], heads: Sequence[int] | None = None) -> None:
-        """As Running.add."""
+        """As Running.add; equal sequences, such as those of n answers, are read once."""
         cuts = heads if heads and self.heads.most else [0] * len(contexts)
         logits: list[Tensor] = [torch.empty(0)] * len(contexts)
         pasts: list[Past] = [self.past] * len(contexts)
+        whole = [tuple(ids) for ids in contexts]
+        first: dict[tuple[int, ...], int] = {}
+        for i, ids in enumerate(whole):
+            first.setdefault(ids, i)
         for headed in (True, False):
-            some = [i for i, cut in enumerate(cuts) if bool(cut) == headed]
+            some = [i for i in first.values() if bool(cuts[i]) == headed]
             shapes = [(1, len(contexts[i])) for i in some]
             for batch in token_batches(shapes, BATCH_TOKENS, 0):
                 rows = [some[at] for at in batch]
@@ -104,6 +108,8 @@ class Cached(Running):
                 for row, i in enumerate(rows):
                     logits[i] = logits_RV[row]
                     pasts[i] = past.take(torch.tensor([row]))
+        logits = [logits[first[ids]] for ids in whole]
+        pasts = [pasts[first[ids]] for ids in whole]
         self.past = Past.joined([self.past, *pasts]) if len(self.past) else Past.joined(pasts)
         self.logits_RV = torch.cat([self.logits_RV.to(logits[0]), torch.stack(logits)])
 

@@ -64,8 +64,8 @@ STATUSES = {
 def build(serving: Serving) -> App:
     """The ASGI application, guarded and measured."""
     described: dict[int | str, dict[str, Any]] = {
-        status: {"description": told, "content": {"application/json": {"schema": ERROR}}}
-        for status, told in STATUSES.items()
+        status: {"description": meaning, "content": {"application/json": {"schema": ERROR}}}
+        for status, meaning in STATUSES.items()
     }
     app = FastAPI(
         title="rag2",

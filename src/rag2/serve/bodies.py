@@ -139,6 +139,7 @@ class Completion(Sampled):
 
     prompt: Text
     logprobs: Whole | None = Field(default=None, ge=0, le=1)
+    best_of: Whole | None = Field(default=None, ge=1, le=1)
 
 
 class Retrieve(Ours):

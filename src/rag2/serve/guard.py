@@ -1,8 +1,8 @@
 """The first thing that a request meets: too large, too deep or no JSON, and it goes no further.
 
-What passes is a body that any JSON library reads alike and that can be written as JSON again:
-UTF-8, no half of a surrogate pair, no number that is not finite. (Stock FastAPI answers 500 to
-many of these: its own error message repeats what it cannot encode.)
+What passes is a body that can be written as JSON again: UTF-8, no half of a surrogate pair, no
+number that is not finite; of equal keys the last one counts. (Stock FastAPI answers 500 to many of
+these: its own error message repeats what it cannot encode.)
 """
 
 import json

@@ -12,6 +12,7 @@ from urllib.parse import quote
 from starlette.responses import Response
 
 from rag2.answering.ask import Answer, Citation, Place
+from rag2.answering.text import BROKEN
 from rag2.serve.work import Work
 
 LOWEST = -9999.0  # what OpenAI writes for a log-probability of nothing
@@ -112,7 +113,7 @@ def usage(answers: Sequence[Answer]) -> dict[str, int]:
 def chat_logprobs(answer: Answer) -> dict[str, Any]:
     """Of each token, in chat's shape."""
     content = [
-        {"token": token, "logprob": finite(logp), "bytes": [*token.encode()], "top_logprobs": []}
+        {"token": token, "logprob": finite(logp), "bytes": _bytes(token), "top_logprobs": []}
         for token, logp in zip(answer.tokens, answer.logps, strict=True)
     ]
     return {"content": content, "refusal": None}
@@ -120,12 +121,26 @@ def chat_logprobs(answer: Answer) -> dict[str, Any]:
 
 def completion_logprobs(answer: Answer) -> dict[str, Any]:
     """Of each token, in completions' shape."""
-    starts = [0]
-    for token in answer.tokens:
-        starts.append(starts[-1] + len(token))
     logps = [finite(logp) for logp in answer.logps]
-    told = {"tokens": list(answer.tokens), "token_logprobs": logps, "text_offset": starts[:-1]}
+    starts = _starts(answer.text, answer.tokens)
+    told = {"tokens": list(answer.tokens), "token_logprobs": logps, "text_offset": starts}
     return {**told, "top_logprobs": None}
+
+
+def _bytes(token: str) -> list[int] | None:
+    """Of a token's text; none of a part of a character, which has no text of its own."""
+    return None if BROKEN in token else [*token.encode()]
+
+
+def _starts(text: str, tokens: Sequence[str]) -> list[int]:
+    """Where in the text each token begins; the parts of a character at that character."""
+    starts, at = [], 0
+    for token in tokens:
+        shown = token if starts else token.lstrip()  # a text begins without white space
+        found = -1 if BROKEN in token else text.find(shown, at)
+        starts.append(max(at, found))
+        at = at if found < 0 else found + len(shown)
+    return starts
 
 
 def finite(logp: float) -> float:

@@ -9,6 +9,7 @@ import socket
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from ipaddress import ip_address
 from typing import Any
 
 import uvicorn
@@ -143,10 +144,21 @@ def token_for(given: str | None) -> str:
 
 
 def hosts_of(host: str, allowed: Sequence[str]) -> list[str]:
-    """The names that requests may give a server on this address: on a loopback one its own."""
-    loopback = host == "localhost" or host.startswith("127.") or host == "::1"
-    own = ["localhost", "127.0.0.1", "[::1]", host] if loopback else []
-    return list(dict.fromkeys([*own, *allowed])) if loopback or allowed else []
+    """The names, in lower case, that requests may give a server on this host; none: any.
+
+    On a loopback address, however it is written, its own. Raises UserError for no address at all.
+    """
+    try:
+        found = str(socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][4][0])
+    except OSError as error:
+        raise UserError(f"--host {host!r}: {error.strerror or error}") from None
+    bound = ip_address(found.partition("%")[0])
+    inner = getattr(bound, "ipv4_mapped", None) or bound
+    own = []
+    if inner.is_loopback:
+        own = ["localhost", "127.0.0.1", "[::1]", f"[{host}]" if ":" in host else host]
+    names = [*own, *allowed] if own or allowed else []
+    return list(dict.fromkeys(name.lower() for name in names))
 
 
 def serve(

@@ -15,33 +15,25 @@ from rag2.answering.draft import Draft
 from rag2.answering.rag import Rag, step
 from rag2.generator.mixture import Mixtures
 from rag2.modes import evaluating
-from rag2.serve.errors import ApiError, busy, draining, late, log, told
+from rag2.serve.errors import ApiError, log, told
 from rag2.serve.limits import Limits
+from rag2.serve.queue import Queue
 from rag2.serve.work import Work
 
 
-class Engine:
-    """A thread that answers; `submit` never waits."""
+class Engine(Queue):
+    """A thread that answers."""
 
     def __init__(self, rag: Rag, limits: Limits) -> None:
-        self.rag, self.limits = rag, limits
-        self._waiting: deque[Work] = deque()
+        super().__init__(limits)
+        self.rag = rag
         self._live: dict[int, tuple[Work, Draft]] = {}
         self._mixtures = Mixtures(rag.generator.model, limits.remembered)
-        self._changed = threading.Condition()
-        self._closing = False
         self._joining: list[Work] = []
         self._crashed = False
         self._moved: float | None = None  # when its last piece of work began; None: it waits
-        self._pace = 0.1  # seconds between two answers, a moving average
-        self._last = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
-
-    @property
-    def waiting(self) -> int:
-        """Requests that nobody works on yet."""
-        return len(self._waiting)
 
     @property
     def live(self) -> int:
@@ -58,20 +50,6 @@ class Engine:
             return f"the engine has not moved for {self.limits.stuck_seconds:g} s"
         return ""
 
-    def check_room(self, count: int = 1) -> None:
-        """Raise ApiError, 429 or 503, if so many more requests cannot be taken now."""
-        if self._closing:
-            raise draining()
-        if len(self._waiting) + count > self.limits.waiting:
-            raise busy(self._pace * len(self._waiting))
-
-    def submit(self, works: Sequence[Work]) -> None:
-        """Take these, all or none; raises as `check_room` does."""
-        with self._changed:
-            self.check_room(len(works))
-            self._waiting += works
-            self._changed.notify()
-
     def give_up(self, works: Sequence[Work]) -> None:
         """Nobody wants these any more: places in the queue are free at once, others soon."""
         with self._changed:
@@ -83,9 +61,12 @@ class Engine:
         """Take nothing more and finish what was taken; whether that was done in time."""
         with self._changed:
             self._closing = True
-            self._changed.notify()
+            self._notify()
         self._thread.join(seconds)
         return not self._thread.is_alive()
+
+    def _notify(self) -> None:
+        self._changed.notify()
 
     # ----- the thread ----------------------------------------------------------------------------
 
@@ -139,13 +120,6 @@ class Engine:
         gone = [key for key, (work, _) in self._live.items() if self._unwanted(work)]
         if gone:
             self._mixtures.drop([self._live.pop(key)[1].mixture for key in gone])
-
-    def _unwanted(self, work: Work) -> bool:
-        """Whether nobody waits for it any more; who waits too long is told."""
-        if not work.cancelled and time.monotonic() > work.until:
-            work.cancelled = True
-            work.tell(late(self.limits.deadline))
-        return work.cancelled
 
     def _join(self, works: Sequence[Work]) -> None:
         asked = []
@@ -241,8 +215,3 @@ class Engine:
             del self._live[id(draft)]
             self._finished()
             work.tell(answer)
-
-    def _finished(self) -> None:
-        now = time.monotonic()
-        self._pace += 0.1 * (min(now - self._last, 10.0) - self._pace)
-        self._last = now

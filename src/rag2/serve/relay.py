@@ -6,9 +6,7 @@ leaves, or waits too long, takes the request to the generator's server with them
 
 import asyncio
 import logging
-import threading
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -17,8 +15,9 @@ from typing import Any
 from rag2.answering.ask import Answer, Ask
 from rag2.answering.remote import Remote
 from rag2.answering.wire import Unavailable
-from rag2.serve.errors import ApiError, busy, draining, late, told
+from rag2.serve.errors import ApiError, told
 from rag2.serve.limits import Limits
+from rag2.serve.queue import Queue
 from rag2.serve.work import Work
 
 logger = logging.getLogger(__name__)
@@ -26,25 +25,16 @@ LOOK = 0.1  # seconds between two looks at who has left
 AGAIN = "2"  # seconds until a client may try again
 
 
-class Relay:
-    """Tasks on the loop of a remote system; `submit` never waits."""
+class Relay(Queue):
+    """Tasks on the loop of a remote system."""
 
     def __init__(self, rag: Remote, limits: Limits) -> None:
-        self.rag, self.limits = rag, limits
-        self._waiting: deque[Work] = deque()
+        super().__init__(limits)
+        self.rag = rag
         self._live: dict[asyncio.Task[None], Work] = {}
-        self._lock = threading.Lock()
-        self._closing = False
-        self._pace = 0.1  # seconds between two answers, a moving average
-        self._last = time.monotonic()
         self._searching = ThreadPoolExecutor(limits.together, "relay")
         self._wake = asyncio.Event()
         self._running = rag.background.start(self._run())
-
-    @property
-    def waiting(self) -> int:
-        """Requests that nobody works on yet."""
-        return len(self._waiting)
 
     @property
     def live(self) -> int:
@@ -57,20 +47,6 @@ class Relay:
         over = self._running.done() and not self._closing
         return "the relay to the generator's server crashed" if over else ""
 
-    def check_room(self, count: int = 1) -> None:
-        """Raise ApiError, 429 or 503, if so many more requests cannot be taken now."""
-        if self._closing:
-            raise draining()
-        if len(self._waiting) + count > self.limits.waiting:
-            raise busy(self._pace * len(self._waiting))
-
-    def submit(self, works: Sequence[Work]) -> None:
-        """Take these, all or none; raises as `check_room` does."""
-        with self._lock:
-            self.check_room(len(works))
-            self._waiting += works
-        self._notify()
-
     def give_up(self, works: Sequence[Work]) -> None:
         """Nobody wants these any more: their places in the queue are free at once, others soon."""
         for work in works:
@@ -80,7 +56,7 @@ class Relay:
 
     def abandon(self) -> None:
         """Tell everybody who waits that there will be no answer."""
-        with self._lock:
+        with self._changed:
             self._closing = True
             left = [*self._live.values(), *self._waiting]
             self._waiting.clear()
@@ -89,7 +65,7 @@ class Relay:
 
     def close(self, seconds: float) -> bool:
         """Take nothing more and finish what was taken; whether that was done in time."""
-        with self._lock:
+        with self._changed:
             self._closing = True
         self._notify()
         try:
@@ -126,17 +102,10 @@ class Relay:
         for task, work in self._live.items():
             if self._unwanted(work):
                 task.cancel()
-        with self._lock:
+        with self._changed:
             kept = [work for work in self._waiting if not self._unwanted(work)]
             self._waiting.clear()
             self._waiting += kept
-
-    def _unwanted(self, work: Work) -> bool:
-        """Whether nobody waits for it any more; who waits too long is told."""
-        if not work.cancelled and time.monotonic() > work.until:
-            work.cancelled = True
-            work.tell(late(self.limits.deadline))
-        return work.cancelled
 
     def _begin(self, work: Work) -> None:
         task = asyncio.get_running_loop().create_task(self._do(work))
@@ -145,9 +114,7 @@ class Relay:
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         del self._live[task]
-        now = time.monotonic()
-        self._pace += 0.1 * (min(now - self._last, 10.0) - self._pace)
-        self._last = now
+        self._finished()
         self._wake.set()
 
     async def _do(self, work: Work) -> None:

@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 
 import small_runs
-from exports import parts
+from exports import exported, parts
 from rag2.answering.exported import Exported
 from rag2.cli import main
+from rag2.export import beside
+from rag2.registry import UserError
 
 
 @pytest.fixture(scope="module")
@@ -125,3 +127,11 @@ def test_a_damaged_run_is_refused(tmp_path: Path, demo: Path, capsys: pytest.Cap
     prompt.write_text(json.dumps(json.loads(prompt.read_text()) | {"budget": 5}))
     code, said = run(capsys, run_dir, tmp_path / "out")
     assert code == 2 and "is damaged: file 'prompt.json'" in said
+
+
+@pytest.mark.parametrize("name", ["kb.sqlite", "prompt.json"])
+def test_an_export_that_lacks_a_file_is_told_which(tmp_path: Path, home: Path, name: str):
+    directory = exported(home, tmp_path).directory
+    (directory / name).unlink()
+    with pytest.raises(UserError, match=name):
+        Exported.open(beside.exported(directory, print))

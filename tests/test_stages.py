@@ -128,6 +128,15 @@ def test_a_failure_that_is_asked_for_is_told_and_the_others_go_on(tmp_path: Path
     assert done == ["good"] and failed == {"bad": "a reason"}
 
 
+def test_where_nobody_sees_the_bars_a_stage_that_is_done_is_a_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    job = stages.Job("base", tmp_path / "base", [sys.executable, "-c", ""], frozenset(), 1)
+    told: list[str] = []
+    stages.run([job], 1, lambda name: told.append(f"{name}: {capsys.readouterr().err}"))
+    assert told == ["base: base done\n"]
+
+
 def test_stages_run_after_those_they_need_and_no_more_at_once_than_asked(tmp_path: Path):
     code = "import sys, time; print(time.time()); time.sleep(0.1); print(time.time())"
     needs = {"a": (), "b": ("a",), "c": ("a",), "d": ("b", "c")}

@@ -96,6 +96,7 @@ def run(
                     else:
                         if ended:
                             del running[name]
+                            bars.note(f"{name} done")
                             done(name)
                 time.sleep(0.5)
         finally:

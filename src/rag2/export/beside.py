@@ -17,7 +17,8 @@ def exported(path: Path, say: Callable[[str], None]) -> Path:
     `say` hears what is being written. Raises UserError for a path that is neither, and for a run
     whose export was made before its final/ or its results changed.
     """
-    if (path / "kb.sqlite").is_file() and (path / "prompt.json").is_file():
+    # Two are enough: of one that lacks a file its manifest says which.
+    if sum((path / name).exists() for name in ("kb.sqlite", "prompt.json", "index")) > 1:
         return path
     source = of_run(path)
     out = source.generator.parent.with_name(NAME)

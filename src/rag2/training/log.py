@@ -153,6 +153,11 @@ class Bars:
     def __exit__(self, *_: object) -> None:
         self._bars.stop()
 
+    def note(self, text: str) -> None:
+        """A line where nobody sees the bars: in a file they are drawn at the end only."""
+        if not self._bars.console.is_terminal:
+            self._bars.console.print(text)
+
     def add(self, title: str, total: int | None, done: int = 0) -> Advance:
         """A new bar; the returned function advances it and shows `key=value` beside it.
 

@@ -162,11 +162,18 @@ def test_what_would_take_for_ever_or_swell_has_a_reason(tmp_path):
     (tmp_path / "c.txt").write_text(marks)
     (tmp_path / "d.md").write_text(f"# {marks}\nbody")
     (tmp_path / "e.jsonl").write_text(json.dumps({"title": "t" * 2_001, "text": "x"}) + "\n")
+    parted = "a" + ("\u0301" * 31 + "\u0316" * 31 + "\x00\ufeff") * 2
+    (tmp_path / "f.txt").write_text(parted)
+    (tmp_path / "g.md").write_text(f"# {parted}\nbody")
+    few = "a" + ("\u0301" * 31 + "\u0316" * 31 + "\x85") * 2  # a line break parts them for good
+    (tmp_path / "h.txt").write_text(few)
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "real")
     found = dict(read(tmp_path))
     assert "more than 2,000 characters" in str(found["a.md"])
     assert found["b.md"] == Document("b.md", "body", "Title")
     assert all("combining marks" in str(found[name]) for name in ("c.txt", "d.md"))
+    assert all("combining marks" in str(found[name]) for name in ("f.txt", "g.md"))
+    assert isinstance(found["h.txt"], Document)
     assert found["e.jsonl:1"] == "'title' has more than 2,000 characters"
     assert found["link"] == "a link to a folder, which is not followed"

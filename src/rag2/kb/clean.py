@@ -7,8 +7,8 @@ import regex
 
 # What Unicode counts as a line break (UAX #14, classes BK, CR, LF and NL).
 NEWLINES = re.compile("\r\n|[\r\v\f\x85\u2028\u2029]")
-# C0 and C1 controls but tab and line feed, and byte order marks: no reader ever sees them.
-CONTROLS = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x9f\ufeff]")
+# C0 and C1 controls that break no line, but tab, and byte order marks: no reader ever sees them.
+CONTROLS = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\ufeff]")
 # Runs behind a visible character; the indentation of a list or of code stays.
 SPACES = re.compile(r"(?<=\S)[^\S\n]+")
 # Text has a few at most (UAX #15 allows 30 in a stream); sorting long runs takes their square.
@@ -31,6 +31,11 @@ def clean(text: str) -> str:
 def clean_line(text: str) -> str:
     """Cleaned text on a single line, as titles and ids are."""
     return " ".join(clean(text).split())
+
+
+def is_overmarked(text: str) -> bool:
+    """Whether `clean` would take too long: a long run of marks, controls between them apart."""
+    return MARKS.search(CONTROLS.sub("", text)) is not None
 
 
 def is_blank(text: str) -> bool:

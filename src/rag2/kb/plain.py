@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from rag2.kb.clean import MARKS, clean, is_blank
+from rag2.kb.clean import clean, is_blank, is_overmarked
 from rag2.kb.rows import FIELDS, Row
 from rag2.kb.table import LIMIT, Malformed, csv_rows, decode, lines
 from rag2.registry import nearest
@@ -24,7 +24,7 @@ def read_text(path: Path, name: str) -> Iterator[Row]:
 def read_markdown(path: Path, name: str) -> Iterator[Row]:
     """The one document of a Markdown file; a level-one heading at its top becomes the title."""
     raw = decode(file_bytes(path))
-    if MARKS.search(raw):  # told by `rows.document`
+    if is_overmarked(raw):  # told by `rows.document`
         yield name, {"id": name, "text": raw}
         return
     text = clean(raw)

@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from rag2.kb.clean import MARKS, clean, clean_line, is_blank
+from rag2.kb.clean import clean, clean_line, is_blank, is_overmarked
 from rag2.kb.table import LIMIT, Malformed
 from rag2.registry import nearest
 from rag2.types import Document
@@ -33,7 +33,7 @@ def document(place: str, row: Any) -> Document:
     for key in ("id", "title"):  # each chunk of the document repeats them
         if len(str(row.get(key, ""))) > LONGEST:
             raise Malformed(f"{key!r} has more than {LONGEST:,} characters")
-    if any(MARKS.search(str(row.get(key, ""))) for key in FIELDS[:3]):
+    if any(is_overmarked(str(row.get(key, ""))) for key in FIELDS[:3]):
         raise Malformed("64 or more combining marks on one character")
     try:
         json.dumps(row, ensure_ascii=False).encode("utf-8")

@@ -104,6 +104,19 @@ def test_full_text_search_is_as_it_was_after_a_compaction(tmp_path: Path, dice):
         assert kb.chunks()[-1].id == 122  # ids go on
 
 
+def test_a_compaction_of_twice_as_many_documents_takes_about_twice_the_steps(tmp_path: Path):
+    def steps(count: int) -> int:
+        ticks: list[None] = []
+        with KnowledgeBase(tmp_path / str(count), create=True) as kb:
+            kb.add(documents(count), LINES)
+            kb.remove(["d0"])
+            kb._db.set_progress_handler(lambda: ticks.append(None), 100)
+            kb.compact()
+        return len(ticks)
+
+    assert steps(1000) < 3 * steps(500)
+
+
 def test_a_compaction_beside_a_reader_of_an_old_state_says_so(tmp_path: Path):
     with KnowledgeBase(tmp_path / "kb.sqlite", create=True) as kb:
         kb.add(documents(5), LINES)

@@ -119,7 +119,7 @@ class KnowledgeBase(State):
             self._db.execute(f"DELETE FROM documents WHERE {gone}")
             self._db.execute(  # an id may tell as much as a text
                 "DELETE FROM changes WHERE NOT EXISTS (SELECT 1 FROM documents"
-                " WHERE namespace = changes.namespace AND id = changes.document)"
+                f" WHERE namespace = changes.namespace AND id = changes.document AND {LIVE})"
             )
             self._words.rebuild()
             self._db.execute("INSERT OR REPLACE INTO meta VALUES ('compacted', ?)", (str(version),))

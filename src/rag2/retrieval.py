@@ -120,6 +120,8 @@ class Fused:
 
 def unit(scores_K: np.ndarray) -> list[float]:
     """The s' of `Fused` of a list of scores that are best first."""
+    if not len(scores_K):
+        return []
     spread = float(scores_K[0] - scores_K[-1])
     return ((scores_K - scores_K[-1]) / (spread or 1.0)).tolist()
 

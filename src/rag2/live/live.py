@@ -105,7 +105,8 @@ class Live:
             return view.search(view.embedder.embed(questions, "question"), k, namespaces)
         view, words_B = self._spelled(questions, depth, namespaces)
         queries_BD = view.embedder.embed(questions, "question")
-        return hybrid.fused(view.search(queries_BD, depth, namespaces), words_B, weight, k)
+        dense = view.search(queries_BD, depth, namespaces)
+        return hybrid.fused(dense, words_B, namespaces, weight, k)
 
     def nearest(
         self, queries_BD: np.ndarray, k: int, namespaces: Collection[str] | None = None

@@ -23,6 +23,7 @@ from rag2.kb.duplicates import Near, _shingles
 from rag2.kb.ingest import Inputs, Reject, _batches, ingest
 from rag2.kb.read import Item, read
 from rag2.kb.store import KnowledgeBase
+from rag2.kb.transfer import add_new
 from rag2.registry import UserError
 from rag2.types import Document
 from texts import ODD, WORDS, write_jsonl
@@ -253,6 +254,36 @@ def test_the_same_again_is_the_same_also_where_a_duplicate_and_a_change_meet(tmp
         digest = kb.content_hash()
         assert {d.id: d.text for d in kb.documents()} == {"a": "midnight", "b": "noon"}
         assert ingest(kb, [source], chunker).unchanged == 2 and kb.content_hash() == digest
+
+
+@pytest.mark.parametrize("near", [None, 0.9])
+def test_a_document_that_was_refused_takes_nobody_with_it(tmp_path, chunker, near):
+    source = tmp_path / "rows.jsonl"
+    with KnowledgeBase(tmp_path / "kb", create=True) as kb:
+        write_jsonl(source, [{"id": "a", "text": "old"}])
+        add_new(kb, [source], chunker)
+        write_jsonl(source, [{"id": id, "text": "brand new"} for id in "aabc"])
+        summary = add_new(kb, [source], chunker, near=near)
+        assert {d.id: d.text for d in kb.documents()} == {"a": "old", "b": "brand new"}
+        assert (summary.accepted, summary.rejected) == (1, 3)
+        reason = "document 'a' is there already; an update replaces it"
+        assert [reject.reason for reject in summary.rejects[:2]] == [reason] * 2
+        assert summary.rejects[2] == Reject("rows.jsonl:4", "exact duplicate of rows.jsonl:3")
+
+
+@pytest.mark.parametrize("near", [None, 0.9])
+def test_a_new_version_is_taken_though_its_text_is_anothers_too(tmp_path, chunker, near):
+    source = tmp_path / "rows.jsonl"
+    with KnowledgeBase(tmp_path / "kb", create=True) as kb:
+        write_jsonl(source, [{"id": "a", "text": "noon"}, {"id": "b", "text": "stale"}])
+        ingest(kb, [source], chunker)
+        write_jsonl(source, [{"id": id, "text": "noon"} for id in "abc"])
+        summary = ingest(kb, [source], chunker, near=near)
+        assert {d.id: d.text for d in kb.documents()} == {"a": "noon", "b": "noon"}
+        assert summary.rejects == [Reject("rows.jsonl:3", "exact duplicate of rows.jsonl:1")]
+        assert (summary.updated, summary.unchanged, summary.total) == (1, 1, 3)
+        digest, again = kb.content_hash(), ingest(kb, [source], chunker, near=near)
+        assert (again.unchanged, again.total) == (2, 3) and kb.content_hash() == digest
 
 
 def source_of(folder: Path, dice: random.Random, documents: int) -> Path:

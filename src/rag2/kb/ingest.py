@@ -1,7 +1,8 @@
 """Files, folders and data sets -> documents of a knowledge base, each input accounted for."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from rag2.kb.chunk import Chunker
@@ -56,8 +57,9 @@ class Inputs:
     """The documents of all sources that are new among them; counts them and keeps the rest.
 
     Of two with one id, or with one text under one title, the first is taken; with `near`, also of
-    two whose texts are so similar. Duplicates are looked for among the sources only, so that what
-    is taken of them does not depend on what a knowledge base holds: the same twice is the same.
+    two whose texts are so similar. Texts are compared among the sources only, so that a second time
+    they are taken as the first: what a knowledge base holds has no say, but for its ids. A document
+    that is there already is refused, or else replaced even by another's text: its own is old.
     """
 
     def __init__(
@@ -66,9 +68,15 @@ class Inputs:
         keep_duplicates: bool = False,
         near: float | None = None,
         limits: Limits | None = None,
+        there: Callable[[str], bool] = lambda id: False,
+        replace: bool = False,
     ) -> None:
-        """`keep_duplicates`: also texts that came before. Raises UserError for a bad `near`."""
+        """`keep_duplicates`: also texts that came before; `there`: whether an id is taken already.
+
+        Raises UserError for a bad `near`.
+        """
         self.sources, self.limits = sources, limits
+        self._there, self._replace = there, replace
         self.seen: dict[str, str] = {}  # document id -> place
         self.rejected, self.rejects = 0, list[Reject]()
         self._finders: list[Exact | Near] = [] if keep_duplicates else [Exact()]
@@ -77,7 +85,7 @@ class Inputs:
 
     def __iter__(self) -> Iterator[Document]:
         for place, item in read(*self.sources, limits=self.limits):
-            reason = item if isinstance(item, str) else self._seen_before(item, place)
+            reason = item if isinstance(item, str) else self._refusal(item, place)
             if isinstance(item, str) or reason:
                 self.reject(place, reason)
             else:
@@ -88,11 +96,16 @@ class Inputs:
         """What became of them all."""
         return Summary(len(self.seen), self.rejected, self.rejects, chunks, updated, unchanged)
 
-    def _seen_before(self, document: Document, place: str) -> str:
-        """Why the document is a duplicate, or nothing."""
+    def _refusal(self, document: Document, place: str) -> str:
+        """Why the document is not taken, or nothing."""
         if first := self.seen.get(document.id):
             return printable(f"duplicate id {document.id!r}, first used at {first}")
-        return next((why for find in self._finders if (why := find.find(document, place))), "")
+        there = self._there(document.id)
+        if there and not self._replace:
+            return printable(f"document {document.id!r} is there already; an update replaces it")
+        # Asked last, for it remembers what it has not found: a text that is refused is nobody's.
+        reason = next((why for find in self._finders if (why := find.find(document, place))), "")
+        return "" if there else reason
 
     def reject(self, place: str, reason: str) -> None:
         """Count one, and keep it if it is among the first."""
@@ -127,7 +140,8 @@ def ingest(
     change nothing; after a kill the same call completes the rest, to the same content. Raises
     UserError if a source is missing, or no document was accepted.
     """
-    inputs = Inputs(sources, keep_duplicates, near, limits)
+    there = partial(kb.has, namespace=namespace)
+    inputs = Inputs(sources, keep_duplicates, near, limits, there, replace=True)
     updated = unchanged = chunks = 0
     for batch in _batches(inputs):
         put = kb.put(batch, chunker, namespace)

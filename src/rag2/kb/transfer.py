@@ -2,7 +2,8 @@
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from rag2 import artifact
@@ -11,7 +12,6 @@ from rag2.kb.ingest import Inputs, Summary
 from rag2.kb.jail import Limits
 from rag2.kb.store import KnowledgeBase
 from rag2.registry import UserError
-from rag2.types import Document
 
 
 def add_new(
@@ -27,19 +27,10 @@ def add_new(
 
     Raises UserError if a source is missing, or no document was accepted.
     """
-    inputs = Inputs(sources, keep_duplicates, near, limits)
-
-    def fresh() -> Iterator[Document]:
-        for document in inputs:
-            if kb.has(document.id, namespace):
-                place = inputs.seen.pop(document.id)
-                reason = f"document {document.id!r} is there already; an update replaces it"
-                inputs.reject(place, reason)
-            else:
-                yield document
-
+    there = partial(kb.has, namespace=namespace)
+    inputs = Inputs(sources, keep_duplicates, near, limits, there)
     with kb.batch():
-        chunks = kb.add(fresh(), chunker, namespace)
+        chunks = kb.add(inputs, chunker, namespace)
         if not inputs.seen:
             raise inputs.nothing()
     return inputs.summary(chunks)

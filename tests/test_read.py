@@ -136,6 +136,27 @@ def test_everything_in_a_folder_is_read_or_has_a_reason(tmp_path):
             list(read(tmp_path / source))
 
 
+def test_rows_without_an_id_under_a_long_path_have_one_each(tmp_path):
+    deep = tmp_path / "/".join("d" * 200 for _ in range(3))
+    deeper = deep / "/".join("e" * 200 for _ in range(8))
+    for folder in (deep, deeper):
+        folder.mkdir(parents=True)
+        (folder / "rows.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
+    items = list(read(tmp_path))
+    ids = [item.id for _, item in items if isinstance(item, Document)]
+    assert ids == [f"{deep.relative_to(tmp_path)}/rows.jsonl:{row}" for row in (1, 2)]
+    assert reasons(items) == ["'id' has more than 2,000 characters"] * 2
+    assert all(len(place) <= 503 for place, _ in items)
+
+
+def test_an_id_that_grows_as_it_is_cleaned_is_not_too_long_for_the_others(tmp_path):
+    grown = {"id": "\U0001d160" * 1000, "text": "one"}  # a note, three characters in NFC
+    (tmp_path / "a.jsonl").write_text(json.dumps(grown) + '\n{"text": "two"}\n')
+    items = list(read(tmp_path))
+    assert reasons(items) == ["'id' has more than 2,000 characters"]
+    assert isinstance(items[1][1], Document)
+
+
 def test_every_mutated_row_is_accounted_for(tmp_path, dice):
     row = json.dumps({"id": "a", "text": "caf\u00e9 \U0001f600", "metadata": {"n": 1.5}}).encode()
     lines = []

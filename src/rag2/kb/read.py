@@ -32,18 +32,22 @@ def read(*sources: Path | str, limits: Limits | None = None) -> Iterator[Item]:
         for source in sources:
             for place, row in _rows(source, jail):
                 try:
-                    yield printable(place), document(printable(place), row)
+                    yield printable(place), document(escaped(place), row)
                 except Malformed as error:
                     yield printable(place), printable(str(error))
 
 
-def printable(text: str, most: int = 500) -> str:
+def escaped(text: str) -> str:
     """Text on one line that does nothing to a terminal: escapes for what is not printable."""
-    if not text.isprintable():
-        text = "".join(
-            c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:most]
-        )
-    return text if len(text) <= most else f"{text[:most]}..."
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def printable(text: str, most: int = 500) -> str:
+    """The beginning of a text, to be told: escaped, and cut where it is too long."""
+    shown = escaped(text[: most + 1])
+    return shown if len(shown) <= most else f"{shown[:most]}..."
 
 
 def _check(source: Path | str) -> None:

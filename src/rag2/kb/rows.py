@@ -30,22 +30,23 @@ def document(place: str, row: Any) -> Document:
             raise Malformed(f"{key!r} is a {type(row[key]).__name__}, not a {types[0].__name__}")
     if len(row["text"]) > LIMIT:
         raise Malformed(f"a text of more than {LIMIT:,} characters")
-    for key in ("id", "title"):  # each chunk of the document repeats them
-        if len(str(row.get(key, ""))) > LONGEST:
-            raise Malformed(f"{key!r} has more than {LONGEST:,} characters")
     if any(is_overmarked(str(row.get(key, ""))) for key in FIELDS[:3]):
         raise Malformed("64 or more combining marks on one character")
     try:
         json.dumps(row, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError:
         raise Malformed("invalid UTF-8 or a lone surrogate") from None
+    id, title = clean_line(str(row.get("id", ""))) or place, clean_line(row.get("title", ""))
+    for key, value in (("id", id), ("title", title)):  # each chunk of the document repeats them
+        if len(value) > LONGEST:
+            raise Malformed(f"{key!r} has more than {LONGEST:,} characters")
     text = clean(row["text"])
     if is_blank(text):
         raise Malformed("no text")
     others = {key: value for key, value in row.items() if key not in FIELDS}
     return Document(
-        id=clean_line(str(row.get("id", ""))) or place,
+        id=id,
         text=text,
-        title=clean_line(row.get("title", "")),
+        title=title,
         metadata={**others, **row.get("metadata", {})},
     )

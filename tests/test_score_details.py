@@ -192,7 +192,7 @@ def test_every_prompt_begins_with_what_an_ask_says_it_should(
     chunks = [hit.chunk for hit in found(system, ask)]
     groups = [[c.passage for c in chunks]] if reading == "concat" or not k else None
     texts = [prompt(g, asked.question, header) for g in groups or [[c.passage] for c in chunks]]
-    prompts = Prompts.of(ask, chunks, system.settings, system.generator.tokenizer)
+    prompts = Prompts.of(ask, chunks, system.settings, system.generator.tokenizer, 1, None)
     assert prompts.texts == texts
     (draft,) = system.drafts([ask])
     assert list(draft.mixture.contexts) == [ids_of(system, text) for text in texts]

@@ -51,7 +51,8 @@ def test_add_rejects_what_is_there_and_update_replaces_it(tmp_path, kb, capsys):
     assert rag2(capsys, "search", kb, "noon")[1]
     status, out, err = rag2(capsys, "update", kb, source)
     assert status == 0 and "0 new, 1 updated, 1 unchanged\n1 chunks\nversion 3\n" in out
-    assert not rag2(capsys, "search", kb, "noon")[1] and rag2(capsys, "search", kb, "one")[1]
+    assert rag2(capsys, "search", kb, "noon")[1:] == ("", "no chunk has any of these words\n")
+    assert rag2(capsys, "search", kb, "one")[1]
     before = kb.read_bytes()
     status, out, _ = rag2(capsys, "update", kb, source)
     assert status == 0 and "0 new, 0 updated, 2 unchanged\n0 chunks\nversion 3\n" in out
@@ -109,7 +110,7 @@ def test_a_namespace_is_listed_shown_searched_changed_and_exported_alone(tmp_pat
     assert rag2(capsys, "list", kb, *own)[1] == "baker\t1\t\tacme\n"
     assert rag2(capsys, "search", kb, "bread")[1].count("\n") == 2
     (line,) = rag2(capsys, "search", kb, "bread", *own)[1].splitlines()
-    assert line.endswith("Acme bakes bread, too.")
+    assert line.endswith("Acme bakes bread, too.\tacme")
     assert "Acme" in rag2(capsys, "show", kb, "baker", *own)[1]
     assert "Acme" not in rag2(capsys, "show", kb, "baker")[1]
     status, _, err = rag2(capsys, "remove", kb, "ferry", *own)

@@ -149,7 +149,7 @@ def kb_search(
     k: Annotated[int, typer.Option("-k", min=1, help="Number of chunks.")] = 5,
     namespace: Only = None,
 ) -> None:
-    """Find chunks by their words (BM25), best first: score, chunk id, document, text.
+    """Find chunks by their words (BM25), best first: score, chunk id, document, text, namespace.
 
     \b
     Examples:
@@ -165,9 +165,13 @@ def kb_search(
         spaces = None if namespace is None else [namespace]
         with base.reading():
             hits = [(base.chunk(id), score) for id, score in base.search_text(query, k, spaces)]
+            homes = base.alive() if any(base.namespaces()) else {}
         for chunk, score in hits:
-            text = " ".join(chunk.text.split())
-            typer.echo(f"{score:.2f}\t{chunk.id}\t{chunk.document}\t{text[:100]}")
+            text, home = " ".join(chunk.text.split()), homes.get(chunk.id)
+            fields = [f"{score:.3g}", str(chunk.id), chunk.document, text[:100]]
+            typer.echo("\t".join([*fields, home] if home else fields))
+        if not hits:
+            typer.echo("no chunk has any of these words", err=True)
 
 
 def report(summary: "Summary") -> None:

@@ -1,10 +1,11 @@
 """Files in, cleaned documents out: nothing is lost in silence."""
 
+import errno
 import json
 import os
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -134,6 +135,33 @@ def test_everything_in_a_folder_is_read_or_has_a_reason(tmp_path):
     for source in ("image.png", "missing.txt"):
         with pytest.raises(UserError, match=source):
             list(read(tmp_path / source))
+
+
+def test_what_may_not_be_read_has_a_reason_and_the_rest_is_read(tmp_path, monkeypatch):
+    for name in ("a.txt", "closed.txt", "folder/b.txt", "listed/c.txt", "z.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    closed = {str(tmp_path / name) for name in ("closed.txt", "folder", "listed/c.txt")}
+
+    def guarded(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(path: Any, *args: Any, **options: Any) -> Any:
+            if str(path) in closed:
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+            return function(path, *args, **options)
+
+        return call
+
+    for name in ("stat", "scandir", "listdir"):  # root may do everything
+        monkeypatch.setattr(os, name, guarded(getattr(os, name)))
+    found = dict(read(tmp_path))
+    assert [place for place, item in found.items() if isinstance(item, Document)] == [
+        "a.txt",
+        "z.txt",
+    ]
+    denied = "cannot be read: Permission denied"
+    assert reasons(found.items()) == [denied] * 3 and len(found) == 5
+    with pytest.raises(UserError, match=f"closed.txt': {denied}"):
+        list(read(tmp_path / "closed.txt"))
 
 
 def test_rows_without_an_id_under_a_long_path_have_one_each(tmp_path):

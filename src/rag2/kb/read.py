@@ -53,11 +53,15 @@ def printable(text: str, most: int = 500) -> str:
 def _check(source: Path | str) -> None:
     """Raise UserError for a source that cannot be read at all."""
     path = Path(source)
-    if _data_set(source) or path.is_dir():
-        return
-    if not path.exists():
-        raise UserError(f"source {str(source)!r} does not exist")
-    if reason := _unreadable(path):
+    try:
+        if _data_set(source) or path.is_dir():
+            return
+        if not path.exists():
+            raise UserError(f"source {str(source)!r} does not exist")
+        reason = _unreadable(path)
+    except OSError as error:
+        reason = _closed(error)
+    if reason:
         raise UserError(f"source {str(source)!r}: {reason}")
 
 
@@ -84,30 +88,29 @@ def _walk(folder: Path) -> list[tuple[Path, str]]:
     found: list[tuple[Path, str]] = []
 
     def failed(error: OSError) -> None:
-        found.append((Path(error.filename), f"cannot be read: {error.strerror}"))
+        found.append((Path(error.filename), _closed(error)))
 
     for root, folders, files in os.walk(folder, onerror=failed):
         found += [(Path(root, name), "") for name in files]
-        linked = [Path(root, name) for name in folders if Path(root, name).is_symlink()]
+        linked = [Path(root, name) for name in folders if os.path.islink(Path(root, name))]
         found += [(path, "a link to a folder, which is not followed") for path in linked]
     return sorted(found)
 
 
 def _file_rows(path: Path, name: str, jail: Jail) -> Iterator[Row]:
     """Every row of one file; a file that cannot be read is one row with the reason."""
-    if reason := _unreadable(path):
-        yield name, Malformed(reason)
-        return
     suffix = _suffix(path)
     try:
-        if suffix in TABLES["parser"]:
+        if reason := _unreadable(path):
+            yield name, Malformed(reason)
+        elif suffix in TABLES["parser"]:
             yield from jail.rows(suffix, str(path), name)
         else:
             yield from lookup("reader", suffix)(path, name)
     except Malformed as error:
         yield name, error.with_traceback(None)
     except OSError as error:
-        yield name, Malformed(f"cannot be read: {error.strerror}")
+        yield name, Malformed(_closed(error))
 
 
 def _data_set(source: Path | str) -> str:
@@ -125,6 +128,11 @@ def _unreadable(path: Path) -> str:
         return ""
     allowed = ", ".join(f".{suffix}" for suffix in known)
     return f"unknown file type {'.' + _suffix(path)!r}; allowed: {allowed}"
+
+
+def _closed(error: OSError) -> str:
+    """Why the system gives no access."""
+    return f"cannot be read: {error.strerror}"
 
 
 def _suffix(path: Path) -> str:

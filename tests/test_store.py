@@ -8,6 +8,8 @@ import sqlite3
 import subprocess
 import sys
 import time
+from contextlib import closing
+from functools import partial
 
 import pytest
 
@@ -175,6 +177,24 @@ def test_a_file_that_is_no_knowledge_base_is_refused(tmp_path):
         KnowledgeBase(tmp_path / "missing")
     with pytest.raises(UserError, match="already exists"):
         KnowledgeBase(tmp_path / "text", create=True)
+
+
+def test_a_file_that_cannot_be_opened_is_told_why(tmp_path, chunker, monkeypatch):
+    path = tmp_path / "kb.sqlite"
+    with KnowledgeBase(path, create=True) as kb:
+        kb.add([Document(str(n), "word " * n) for n in range(99)], chunker)
+        kb.seal()
+        whole = path.read_bytes()
+    monkeypatch.setattr(sqlite3, "connect", partial(sqlite3.connect, timeout=0.01))
+    with closing(sqlite3.connect(path)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(UserError, match="cannot be opened: database is locked"):
+            KnowledgeBase(path)
+    with pytest.raises(UserError, match="cannot be opened: unable to open database file"):
+        KnowledgeBase(tmp_path / "none" / "kb.sqlite", create=True)
+    path.write_bytes(whole[:100] + b"\xff" * 50 + whole[150:])
+    with pytest.raises(UserError, match="is damaged"):
+        KnowledgeBase(path)
 
 
 # ----- building ------------------------------------------------------------------------------

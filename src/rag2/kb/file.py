@@ -10,6 +10,9 @@ from rag2.kb import schema
 from rag2.kb.words import Words
 from rag2.registry import UserError
 
+# What SQLite says of a file that is none of its own, is damaged, or lacks our tables.
+OTHER_FILES = (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_ERROR)
+
 
 class File:
     """An open file; a context manager that closes it."""
@@ -28,7 +31,10 @@ class File:
             raise UserError(f"knowledge base {str(self.path)!r} {what}")
         uri = f"{self.path.absolute().as_uri()}?mode={'rwc' if create else 'rw'}"
         # Transactions are explicit; of several threads, one at a time may call.
-        db = sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False)
+        try:
+            db = sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False)
+        except sqlite3.OperationalError as error:
+            raise UserError(f"{self.path} cannot be opened: {error}") from None
         self._connection, self._words, self._old = db, Words(db), False
         try:
             # FULL: a change that returned survives a power cut, not only a killed process.
@@ -43,8 +49,12 @@ class File:
             self._old = found == schema.OLD and sound
             if self._old:
                 schema.read_old(db)
-        except sqlite3.DatabaseError:
-            known, sound = False, True
+        except sqlite3.DatabaseError as error:
+            code = error.sqlite_errorcode & 0xFF
+            if code not in OTHER_FILES:  # a full disk, another's lock
+                self.close()
+                raise UserError(f"{self.path} cannot be opened: {error}") from None
+            known, sound = False, code != sqlite3.SQLITE_CORRUPT
         if not known or not sound:
             self.close()
             what = f"is not a knowledge base of format {schema.FORMAT}" if sound else "is damaged"

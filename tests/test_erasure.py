@@ -8,7 +8,7 @@ import pytest
 
 from hashed import crowded, embedder
 from lines import Lines, documents
-from rag2 import artifact
+from rag2 import artifact, cli
 from rag2.index.flat import Flat
 from rag2.index.generation import Generation
 from rag2.kb.store import KnowledgeBase
@@ -151,6 +151,33 @@ def test_purge_drops_the_generations_that_hold_what_is_gone(tmp_path: Path):
     assert [path.name for path in where.iterdir()] == ["000001"]  # the pointer named one of them
     loaded = folder.newest(where, "hashed")
     assert isinstance(loaded, Generation) and artifact.is_complete(where / "000001")
+
+
+def test_generations_of_another_knowledge_base_are_not_removed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    theirs = tmp_path / "generations"
+    for name, count in (("small", 1), ("large", 9)):
+        with KnowledgeBase(tmp_path / name, create=True) as kb:
+            kb.add(documents(count, prefix=name), LINES)
+            kb.remove([f"{name}0"])
+    with Live(tmp_path / "large", embedder(), FLAT, theirs) as live:
+        live.refresh()
+    before = sorted(path for path in theirs.rglob("*"))
+    with KnowledgeBase(tmp_path / "small") as kb:
+        with pytest.raises(SystemExit) as caught:
+            cli.main(["kb", "compact", str(kb.path), "--generations", str(theirs)])
+        assert caught.value.code == 2
+        line = (
+            f"{theirs / '000000'} is a generation of another knowledge base: nothing is removed\n"
+        )
+        assert capsys.readouterr().err.endswith(f"error: {line}")
+        assert sorted(path for path in theirs.rglob("*")) == before and kb.oldest == 0
+        kb.compact()  # of its own chunks none is left to compare: their ids are too high
+        with pytest.raises(UserError, match="of another knowledge base"):
+            folder.refuse_others(theirs, kb)
+    with Live(tmp_path / "large", embedder(), FLAT, theirs) as live:
+        assert live.compact() == 2
 
 
 def test_purge_takes_what_a_killed_writer_left_and_not_what_is_being_written(tmp_path: Path):

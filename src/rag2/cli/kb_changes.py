@@ -116,11 +116,13 @@ def kb_compact(
       rag2 kb compact docs.sqlite --generations state/generations
     """
     from rag2.kb.store import KnowledgeBase
-    from rag2.live.folder import purge
+    from rag2.live.folder import purge, refuse_others
 
     if generations is not None and not generations.is_dir():
         raise UserError(f"--generations {generations} is not a folder")
     with KnowledgeBase(path) as kb, status(f"compacting {path}"):
+        if generations is not None:
+            refuse_others(generations, kb)
         before = path.stat().st_size
         chunks = kb.compact()
         dropped = purge(generations, kb.alive()) if generations is not None else []

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,6 +111,20 @@ class State(File):
         if row is None:
             raise UserError(f"{self.path} has no chunk {id}")
         return Chunk(*row)
+
+    def may_have_held(self, chunks: Iterable[Chunk]) -> bool:
+        """Whether the chunks can be of this file: an id is never given twice.
+
+        What a compaction has erased cannot be compared, and counts as the same.
+        """
+        with self.reading():
+            query = "SELECT seq FROM sqlite_sequence WHERE name = 'chunks'"
+            (highest,) = self._db.execute(query).fetchone() or (0,)
+            for chunk in chunks:
+                row = self._db.execute(f"{CHUNK} WHERE id = ?", (chunk.id,)).fetchone()
+                if chunk.id > highest or row is not None and Chunk(*row) != chunk:
+                    return False
+        return True
 
     def search_text(
         self, query: str, k: int, namespaces: Collection[str] | None = None

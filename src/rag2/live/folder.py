@@ -1,13 +1,18 @@
 """A folder of generations: publish, find the newest sound one, remove what holds erased text."""
 
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import suppress
 from pathlib import Path
+
+import pyarrow as pa
 
 from rag2 import artifact
 from rag2.index import generation as generations
 from rag2.index.generation import Generation
+from rag2.kb.store import KnowledgeBase
 from rag2.registry import UserError
+from rag2.types import Chunk
 
 POINTER = "current"
 logger = logging.getLogger(__name__)
@@ -37,6 +42,15 @@ def publish(generation: Generation | None, folder: Path) -> None:
         generations.remove(directory)
 
 
+def refuse_others(folder: Path, kb: KnowledgeBase) -> None:
+    """Raise UserError if a generation is of another knowledge base, whose it is to remove it."""
+    for directory in _numbered(folder):
+        with suppress(artifact.ArtifactError):  # nobody can tell of what it is
+            if not kb.may_have_held(_chunks(directory)):
+                what = "is a generation of another knowledge base: nothing is removed"
+                raise UserError(f"{directory} {what}")
+
+
 def purge(folder: Path, alive: Collection[int]) -> list[Path]:
     """Remove every generation that holds another chunk than these, or that cannot be read.
 
@@ -45,8 +59,7 @@ def purge(folder: Path, alive: Collection[int]) -> list[Path]:
     alive, removed = set(alive), artifact.sweep(folder)
     for directory in _numbered(folder):
         try:
-            artifact.verify(directory, kind=generations.KIND, only=generations.FILE)
-            held = set(generations.table_in(directory).column("id").to_pylist())
+            held = set(_table(directory).column("id").to_pylist())
         except UserError:
             held = None
         if held is None or not held <= alive:
@@ -56,6 +69,18 @@ def purge(folder: Path, alive: Collection[int]) -> list[Path]:
             generations.remove(directory)
             removed.append(directory)
     return removed
+
+
+def _table(directory: Path) -> pa.Table:
+    """The chunks of a generation; raises ArtifactError for one that does not verify."""
+    artifact.verify(directory, kind=generations.KIND, only=generations.FILE)
+    return generations.table_in(directory)
+
+
+def _chunks(directory: Path) -> Iterator[Chunk]:
+    """As `_table`."""
+    for batch in _table(directory).to_batches():
+        yield from (Chunk(**row) for row in batch.to_pylist())
 
 
 def _numbered(folder: Path) -> list[Path]:

@@ -191,9 +191,12 @@ class Live:
     def compact(self) -> int:
         """Erase what was removed, from the file, from memory and from the folder of generations.
 
-        Returns the number of chunks that the file lost. Raises UserError as KnowledgeBase.compact.
+        Returns the number of chunks that the file lost. Raises UserError as KnowledgeBase.compact,
+        and where a generation in the folder is of another knowledge base.
         """
         with self._writing, self._making:
+            if self.generations is not None:
+                folder.refuse_others(self.generations, self._maker)
             chunks = self._writer.compact()
             base = self.view().base
             if base is not None and not base.alive_N.all():

@@ -91,6 +91,14 @@ def test_removed_documents_are_gone_and_after_compaction_erased(tmp_path, kb, ca
     assert rag2(capsys, "compact", kb, "--generations", tmp_path)[0] == 0
 
 
+def test_one_document_is_shown_without_reading_the_others(kb, capsys, monkeypatch):
+    status, _, err = rag2(capsys, "show", kb, "fery")
+    assert status == 2 and "Did you mean 'ferry'?" in err
+    monkeypatch.setattr(KnowledgeBase, "documents", lambda *_: pytest.fail("all are read"))
+    status, out, _ = rag2(capsys, "show", kb, "ferry")
+    assert status == 0 and out.startswith('ferry\tFerry\n{"n": 1}\n') and "at noon" in out
+
+
 def test_an_export_builds_the_same_again(tmp_path, kb, capsys):
     out = tmp_path / "out.jsonl"
     assert rag2(capsys, "export", kb, out)[:2] == (0, "2 documents\n")

@@ -131,10 +131,10 @@ def kb_show(
     from rag2.kb.store import KnowledgeBase
 
     with KnowledgeBase(path) as base:
-        found = {document.id: document for document in base.documents(namespace)}
-        if id not in found:
-            raise base.missing(id, namespace, f".{nearest(id, found)}")
-        document = found[id]
+        document = base.document(id, namespace)
+        if document is None:
+            live = (other.id for other in base.documents(namespace))
+            raise base.missing(id, namespace, f".{nearest(id, live)}")
         typer.echo(f"{document.id}\t{document.title}")
         if document.metadata:
             typer.echo(json.dumps(document.metadata, ensure_ascii=False))

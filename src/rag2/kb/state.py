@@ -88,7 +88,8 @@ class State(File):
         """The live document of an id; None if there is none."""
         columns = "text, title, metadata"
         query = f"SELECT {columns} FROM documents WHERE namespace = ? AND id = ? AND {LIVE}"
-        row = self._db.execute(query, (namespace, id)).fetchone()
+        given = (encodable("namespace", namespace), encodable("id", id))
+        row = self._db.execute(query, given).fetchone()
         return None if row is None else Document(id, row[0], row[1], json.loads(row[2]))
 
     def chunks(self, version: int | None = None) -> list[Chunk]:

@@ -45,7 +45,8 @@ class Live:
         What no generation holds is encoded now. Raises UserError as KnowledgeBase does.
         """
         self.path, self.backend, self.generations = Path(path), backend, generations
-        # A connection each: a search waits neither for a commit nor for the making of a view.
+        # A connection each: a search waits for no commit and no generation that is being built. It
+        # does wait while another one encodes the chunks of a change, which both of them need.
         self._writer = KnowledgeBase(path)
         self._maker, self._reader, self._speller = (
             KnowledgeBase(path, trusted=True) for _ in range(3)

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,28 @@ def test_what_is_no_document_or_no_text_changes_nothing(kb: Path):
                 change([Document("a", "b", metadata={"key": BYTE})], WHOLE)
             with pytest.raises(UserError, match="id .* has more than 2,000 characters"):
                 change([Document("x" * 2001, "b")], WHOLE)
+        assert (base.version, base.content_hash()) == before
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"id": None}, "id of document None is a NoneType, not a str"),
+        ({"title": None}, "title of document 'a' is a NoneType, not a str"),
+        ({"text": b"b"}, "text of document 'a' is a bytes, not a str"),
+        ({"metadata": ["n"]}, "metadata of document 'a' is a list, not a dict"),
+        ({"metadata": {"n": float("nan")}}, "metadata of document 'a' is no JSON: .*"),
+        ({"metadata": {"n": 1, 2: 3}}, "metadata of document 'a' is no JSON: .*"),
+        ({"metadata": {"n": object()}}, "metadata of document 'a' is no JSON: .*"),
+    ],
+)
+def test_a_document_that_cannot_be_kept_changes_nothing(kb: Path, given: dict, told: str):
+    with KnowledgeBase(kb) as base:
+        before = base.version, base.content_hash()
+        wrong = replace(Document("a", "b"), **given)
+        for change in (base.put, base.add):
+            with pytest.raises(UserError, match=f"^{told}$"):
+                change([Document("good", "good"), wrong], WHOLE)
         assert (base.version, base.content_hash()) == before
 
 

@@ -206,8 +206,11 @@ class State(File):
 
 
 def fields(document: Document) -> tuple[str, str, str]:
-    """Title, text and metadata as they are stored."""
-    return document.title, document.text, _json(document.metadata)
+    """Title, text and metadata as they are stored; UserError for metadata that is no JSON."""
+    try:
+        return document.title, document.text, _json(document.metadata)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise UserError(f"metadata of document {document.id!r:.60} is no JSON: {error}") from None
 
 
 def _within(namespace: str) -> str:
@@ -217,4 +220,7 @@ def _within(namespace: str) -> str:
 
 def _json(value: Any) -> str:
     """The one JSON text of a value, for storing and hashing."""
-    return json.dumps(value, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+    separators = (",", ":")
+    return json.dumps(
+        value, ensure_ascii=False, sort_keys=True, allow_nan=False, separators=separators
+    )

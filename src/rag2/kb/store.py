@@ -17,6 +17,8 @@ from rag2.kb.words import LIVE
 from rag2.registry import UserError
 from rag2.types import Document
 
+KINDS = {"id": str, "title": str, "text": str, "metadata": dict}
+
 
 @dataclass(frozen=True, slots=True)
 class Put:
@@ -191,9 +193,13 @@ class KnowledgeBase(State):
 
 
 def _documents(given: Iterable[Document]) -> Iterator[Document]:
-    """The same; raises TypeError for what is no document, UserError for an id that is too long."""
+    """The same; raises TypeError for what is no document, UserError for one that cannot be kept."""
     for document in given:
         if not isinstance(document, Document):
             raise TypeError(f"{document!r:.60} is a {type(document).__name__}, not a Document")
+        for name, kind in KINDS.items():
+            if not isinstance(value := getattr(document, name), kind):
+                what = f"is a {type(value).__name__}, not a {kind.__name__}"
+                raise UserError(f"{name} of document {document.id!r:.60} {what}")
         bounded("id", document.id)
         yield document

@@ -37,6 +37,7 @@ def traces(where: Path, count: int) -> list[str]:
     patterns = [canary(n).encode(code) for n in range(count) for code in ("utf-8", "utf-16-le")]
     patterns += [word(n)[4:].encode() for n in range(count)]  # it leaves out common beginnings
     patterns += [f"bird-{n}.txt".encode() for n in range(count)]
+    patterns.append(b"aviary")  # a name may tell as much
     passages = [f"Bird {n}\n{canary(n)}" for n in range(count)]
     patterns += [row.tobytes() for row in crowded(passages)]
     files = [path for path in where.rglob("*") if path.is_file()]

@@ -19,7 +19,7 @@ from pyarrow import parquet
 from rag2.kb import table
 from rag2.kb.build import build
 from rag2.kb.chunk import TokenChunker
-from rag2.kb.duplicates import Near, _shingles
+from rag2.kb.duplicates import Near, _shingles, _sketch
 from rag2.kb.ingest import Inputs, Reject, _batches, ingest
 from rag2.kb.read import Item, read
 from rag2.kb.store import KnowledgeBase
@@ -198,6 +198,19 @@ def test_near_duplicates_are_those_that_share_most_three_word_shingles(tmp_path,
             assert reason.startswith(f"near duplicate of place {number} (")
             estimates.append(abs(float(reason.split("(")[1].split()[0]) - share))
     assert len(estimates) > 10 and sum(estimates) / len(estimates) < 0.05
+
+
+def test_texts_that_share_less_than_was_asked_for_are_none_though_the_index_proposes_them(dice):
+    near, proposed = Near(0.5), 0
+    for number in range(100):
+        words = [f"{dice.choice(WORDS)}{dice.randrange(999)}" for _ in range(400)]
+        other = [f"x{number}" if n % 5 == 0 else word for n, word in enumerate(words)]
+        one, two = (set(_shingles(" ".join(text))) for text in (words, other))
+        assert len(one & two) / len(one | two) < 0.3  # more than four standard errors less
+        assert not near.find(Document("a", " ".join(words)), "one")
+        proposed += len(near._index.query(_sketch(" ".join(other)))) > 0
+        assert not near.find(Document("b", " ".join(other)), "two")
+    assert proposed
 
 
 def test_near_duplicates_are_told_in_any_script_and_only_if_asked_for(tmp_path, chunker):

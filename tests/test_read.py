@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 
+from rag2.kb import rows
 from rag2.kb.clean import clean, is_blank
 from rag2.kb.read import Item, read
+from rag2.kb.table import Malformed
 from rag2.registry import UserError
 from rag2.types import Document
 from texts import random_text
@@ -175,6 +177,13 @@ def test_rows_without_an_id_under_a_long_path_have_one_each(tmp_path):
     assert ids == [f"{deep.relative_to(tmp_path)}/rows.jsonl:{row}" for row in (1, 2)]
     assert reasons(items) == ["'id' has more than 2,000 characters"] * 2
     assert all(len(place) <= 503 for place, _ in items)
+
+
+def test_a_text_that_is_too_long_has_a_reason_whoever_read_it(monkeypatch):
+    monkeypatch.setattr(rows, "LIMIT", 1000)
+    assert rows.document("a", {"text": "x" * 1000}).id == "a"
+    with pytest.raises(Malformed, match="^a text of more than 1,000 characters$"):
+        rows.document("a", {"text": "x" * 1001})
 
 
 def test_an_id_that_grows_as_it_is_cleaned_is_not_too_long_for_the_others(tmp_path):

@@ -3,6 +3,7 @@
 import importlib.util
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
@@ -375,6 +376,7 @@ def test_a_swap_in_two_steps_is_found(live: Live, monkeypatch: pytest.MonkeyPatc
 
     def hasty(self: Live, generation: Any, embedder: Embedder) -> None:
         self._view = replace(self._view, embedder=embedder)
+        time.sleep(0.002)  # or no search falls into it, now and then
         install(self, generation, embedder)
 
     monkeypatch.setattr(Live, "_install", hasty)

@@ -8,6 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import DynamicCache
 
 from rag2.generator.past import Past, shares_past
+from rag2.generator.room import ROOM
 from small_models import CONFIGS, build, small_tokenizer
 
 
@@ -44,12 +45,13 @@ def test_tokens_that_come_one_at_a_time_are_written_into_room_that_is_there(
 ):
     model = build("llama", tmp_path, small_tokenizer())
     with torch.no_grad():
-        _, past = Past.nothing(model, 2).read(model, [[5, 6, 7], [8, 9]])
-        places: set[int] = set()
-        for _ in range(60):
+        pasts = [Past.nothing(model, 1).read(model, [ids])[1] for ids in ([5, 6, 7], [8, 9])]
+        past = Past.joined(pasts)
+        places = [past.cache.layers[0].keys.data_ptr()]  # pyright: ignore
+        for _ in range(3 * ROOM):
             _, past = past.read(model, [[dice.randrange(3, 300)] for _ in range(2)])
-            places.add(past.cache.layers[0].keys.data_ptr())  # pyright: ignore
-    assert len(places) == 1
+            places.append(past.cache.layers[0].keys.data_ptr())  # pyright: ignore
+    assert len(set(places[: ROOM + 1])) == 1 and len(set(places)) == 3
 
 
 def test_rows_are_taken_on_the_device_where_they_are():

@@ -16,6 +16,7 @@ from rag2.generator.generate import ends_of
 from rag2.generator.load import Generator
 from rag2.generator.mixture import Mixture, log_prior
 from rag2.generator.pairs import check_fits, encode_contexts, positions
+from rag2.generator.prompt import Prompt
 from rag2.registry import UserError
 from rag2.types import Chunk
 
@@ -47,13 +48,25 @@ class Prompts:
 
         Raises UserError for a question that does not even fit alone.
         """
-        prompt, passages = settings.prompt, [chunk.passage for chunk in chunks]
+        prompt, concat = settings.prompt, (ask.reading or settings.reading) == "concat"
+        made = cls._within(prompt, ask, chunks, concat, tokenizer)
+        longest = max(map(len, made.contexts))
+        if limit is None or not made.read or longest <= limit - wanted + 1:
+            return made
         header = prompt.header() + ask.header
-        prompt = prompt.leaving(wanted, limit, ask.question, tokenizer, header=header)
+        tight = prompt.leaving(wanted, limit, ask.question, tokenizer, header=header)
+        return cls._within(tight, ask, chunks, concat, tokenizer)
+
+    @classmethod
+    def _within(
+        cls, prompt: Prompt, ask: Ask, chunks: Sequence[Chunk], concat: bool, tokenizer: Any
+    ) -> "Prompts":
+        """By the budget of the prompt."""
+        passages, header = [chunk.passage for chunk in chunks], prompt.header() + ask.header
         if len(header) + len(ask.question) > prompt.budget:
             # What does not fit alone is refused at once: not once for each of its passages.
             prompt.context(ask.question, [], tokenizer, header=header, name=CALLED)
-        if (ask.reading or settings.reading) == "concat" or not chunks:
+        if concat or not chunks:
             built = [prompt.context(ask.question, passages, tokenizer, header=header, name=CALLED)]
             read = list(range(len(chunks) - built[0].dropped))
         else:

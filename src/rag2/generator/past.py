@@ -41,15 +41,10 @@ class Past:
     def joined(cls, pasts: Sequence["Past"]) -> "Past":
         """The rows of several pasts one after the other, padded in front."""
         width = max(past.mask_RP.shape[1] for past in pasts)
-
-        def wide(states: Tensor) -> Tensor:
-            return nn.functional.pad(states, (0, 0, width - states.shape[-2], 0))
-
-        layers = [past.cache.layers for past in pasts]
-        cache = _edited(
-            pasts[0].cache,
-            lambda at, kind: torch.cat([wide(getattr(one[at], kind)) for one in layers]),
-        )
+        cache = copy.copy(pasts[0].cache)
+        of_each: Any = zip(*(past.cache.layers for past in pasts), strict=True)
+        joined: list[Any] = [Roomy.joined(layers, width) for layers in of_each]
+        cache.layers = joined
         masks = [nn.functional.pad(p.mask_RP, (width - p.mask_RP.shape[1], 0)) for p in pasts]
         return cls(cache, torch.cat(masks))
 

@@ -1,12 +1,14 @@
 """Keys and values of a layer -> one token longer, without copying what is there."""
 
-from typing import Any
+import copy
+from collections.abc import Sequence
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
-ROOM = 64  # positions that are made at once
+ROOM = 16  # positions that are made at once
 
 
 class Roomy(DynamicLayer):
@@ -17,6 +19,16 @@ class Roomy(DynamicLayer):
 
     _keys: tuple[Tensor, Tensor] | None = None  # the whole room, and the part in use
     _values: tuple[Tensor, Tensor] | None = None
+
+    @classmethod
+    def joined(cls, layers: Sequence[Self], width: int) -> Self:
+        """The rows of several layers one after the other, padded in front to so many positions."""
+        made = copy.copy(layers[0])
+        if made.is_initialized:
+            made._keys = _stacked([layer.keys for layer in layers], width)
+            made._values = _stacked([layer.values for layer in layers], width)
+            made.keys, made.values = made._keys[1], made._values[1]
+        return made
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -44,3 +56,16 @@ def _longer(
         whole = room[0]
     whole[..., length : length + 1, :] = new
     return whole, whole[..., : length + 1, :]
+
+
+def _stacked(states: Sequence[Any], width: int) -> tuple[Tensor, Tensor]:
+    """All rows in one room, and the part of it in use; each is copied once."""
+    _, heads, _, size = states[0].shape
+    whole = states[0].new_empty(sum(map(len, states)), heads, width + ROOM, size)
+    at = 0
+    for some in states:
+        rows = whole[at : at + len(some)]
+        rows[..., : width - some.shape[-2], :] = 0  # it is hidden, but has to be a number
+        rows[..., width - some.shape[-2] : width, :] = some
+        at += len(some)
+    return whole, whole[..., :width, :]

@@ -9,6 +9,7 @@ import torch
 from rag2.generator.logprob import Request, choice_logprobs
 from rag2.generator.mixture import Mixture, Mixtures, log_prior
 from rag2.generator.pairs import place
+from rag2.generator.steps import step_logprobs
 from small_models import CONFIGS, build, small_tokenizer
 
 FAMILIES = [*CONFIGS, "sliding_mistral"]  # the last one cannot keep its past behind padding
@@ -73,6 +74,21 @@ def test_weights_that_stand_still_give_the_product_of_the_mixtures(model, dice: 
         expected = (made.log_weights_S.exp() * p_S.double().cpu()).sum().log()
         assert steps[at] == pytest.approx(float(expected), abs=1e-5)
     assert sum(made.posterior()) == pytest.approx(1)
+
+
+def test_every_token_is_scored_after_every_context_as_if_alone(model, dice: random.Random):
+    starts = contexts(dice, 3)
+    continuations = [[dice.randrange(3, 300) for _ in range(dice.randint(1, 6))] for _ in range(5)]
+    for ids, logp_ST in zip(
+        continuations, step_logprobs(model, starts, continuations), strict=True
+    ):
+        assert logp_ST.shape == (len(starts), len(ids))
+        for start, logp_T in zip(starts, logp_ST, strict=True):
+            whole = torch.tensor([[*start, *ids]], device=place(model))
+            with torch.no_grad():
+                logp_LV = model(input_ids=whole).logits[0].log_softmax(-1)
+            expected_T = logp_LV[len(start) - 1 : -1].gather(1, torch.tensor(ids)[:, None])[:, 0]
+            torch.testing.assert_close(logp_T, expected_T, atol=1e-9, rtol=0)
 
 
 def test_one_context_is_plain_generation(model, dice: random.Random):

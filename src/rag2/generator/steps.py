@@ -58,7 +58,6 @@ def _after_each(
 def _whole(
     model: Model, contexts: Sequence[Ids], continuations: Sequence[Ids]
 ) -> list[list[Tensor]]:
-    found: list[list[Tensor]] = [[] for _ in contexts]
     pairs = [(context, ids) for context in contexts for ids in continuations]
     logps: list[Tensor] = [torch.empty(0)] * len(pairs)
     for batch in token_batches([(1, length(pair)) for pair in pairs], BATCH_TOKENS, 0):
@@ -68,6 +67,5 @@ def _whole(
         parts = logp_M.split([len(pairs[i][1]) for i in batch])
         for i, part in zip(batch, parts, strict=True):
             logps[i] = part
-    for number, logp_T in enumerate(logps):
-        found[number // len(continuations)].append(logp_T)
-    return found
+    count = len(continuations)
+    return [logps[start : start + count] for start in range(0, len(logps), count)]
